@@ -1,0 +1,329 @@
+"""Heterogeneous cloud scheduling: N agents place one task each, every round, and share one reward.
+
+Everything is array work on [num_envs, N, ...], so that several environments step as one. Letters in shapes:
+E environments, N agents, M servers, K reachable servers per agent, T rounds; a last axis of size 2 is (CPU, memory).
+CPU is in vCPU, memory in GiB, time in rounds: the mean time between two rounds is 1.
+"""
+
+import csv
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+EVAL_SEED = 10**9  # evaluation scenario e has the seed EVAL_SEED + e; training seeds stay below
+OBS_FEATURES = 7  # log(1 + x_cpu), log(1 + x_mem), z_cpu, z_mem, log vCPU, log GiB, log duration
+
+# AWS c5, m5, r5 (2, 4, 8 GiB per vCPU) x large, xlarge, 2xlarge, 4xlarge (2, 4, 8, 16 vCPU)
+CATALOGUE = np.array([(vcpu, vcpu * gib) for gib in (2, 4, 8) for vcpu in (2, 4, 8, 16)], dtype=float)
+
+ELEPHANTS = 0.15  # the fraction of tasks that are elephants; the others are mice
+SHAPE, LOW, HIGH = 1.5, 10.0, 100.0  # elephants' durations: bounded Pareto on [LOW, HIGH] rounds
+PARETO_MEAN = SHAPE / (SHAPE - 1) * (LOW ** (1 - SHAPE) - HIGH ** (1 - SHAPE)) / (LOW**-SHAPE - HIGH**-SHAPE)
+MEAN_DURATION = (1 - ELEPHANTS) * (1 + 4) + ELEPHANTS * PARETO_MEAN  # 7.4 rounds
+GIB_PER_VCPU = np.array([1.0, 2.0, 4.0, 8.0])
+CPU_WORK = (1 - ELEPHANTS) * 0.55 * (1 + 4) + ELEPHANTS * 2.5 * PARETO_MEAN  # E[cpu duration], vCPU rounds, before scaling
+
+
+class Scenario(NamedTuple):
+    """An episode's whole workload, drawn before its first round and so independent of any policy.
+
+    The round after the last is never placed: the final observation shows its tasks.
+    """
+
+    demand: np.ndarray  # [T + 1, N, 2] vCPU and GiB
+    duration: np.ndarray  # [T + 1, N] rounds of service
+    delta: np.ndarray  # [T] time from each round to the next, in rounds
+
+
+def draw_scenario(rng, rounds, n_agents, trace=None):
+    """A stretch of the trace if there is one; else mice and elephants, at the rate λ(t) = 1 + ½ sin(2πt/50 + phase).
+
+    trace: rows from `load_trace`, in rounds instead of seconds. The demands are not yet scaled to a load.
+    """
+    if trace is not None:
+        needed = n_agents * (rounds + 1)
+        start = rng.integers(len(trace) - needed + 1)
+        tasks = trace[start : start + needed].reshape(rounds + 1, n_agents, 4)
+        return Scenario(tasks[:, :, 2:], tasks[:, :, 1], np.diff(tasks[:, 0, 0]))
+    phase, t, delta = rng.uniform(0, 2 * math.pi), 0.0, np.empty(rounds)
+    for k in range(rounds):
+        delta[k] = 1 / (1 + 0.5 * math.sin(2 * math.pi * t / 50 + phase))  # Δ_t = Δ̄/λ(t), Δ̄ = 1 round
+        t += delta[k]
+    shape = (rounds + 1, n_agents)
+    elephant = rng.random(shape) < ELEPHANTS
+    cpu = np.where(elephant, rng.uniform(1, 4, shape), rng.uniform(0.1, 1, shape))
+    # inverse distribution function of the bounded Pareto: u LOW^-s + (1 − u) HIGH^-s = d^-s
+    u = rng.random(shape)
+    pareto = (u * LOW**-SHAPE + (1 - u) * HIGH**-SHAPE) ** (-1 / SHAPE)
+    duration = np.where(elephant, pareto, 1 + rng.exponential(4, shape))
+    return Scenario(np.stack([cpu, cpu * rng.choice(GIB_PER_VCPU, shape)], -1), duration, delta)
+
+
+def load_trace(path):
+    """Read a CSV workload trace with the columns arrival_s, duration_s, cpu (vCPU) and memory_gib, sorted by arrival.
+
+    Returns a float array [rows, 4] of these columns. Raises ValueError, naming the line and the column, if the file or a
+    column is missing, there are no rows, or a value is no finite non-negative number or out of order.
+    """
+    names, values, lines = ("arrival_s", "duration_s", "cpu", "memory_gib"), [], []
+
+    def number(text):
+        try:
+            return float(text)
+        except (TypeError, ValueError):  # a short row has None here
+            return math.nan
+
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            for name in names:
+                if name not in (reader.fieldnames or ()):
+                    raise ValueError(f"trace {path}: line 1 has no column {name}")
+            for row in reader:
+                values.append([number(row[name]) for name in names])
+                lines.append(reader.line_num)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"trace {path}: {error}") from None
+    if not values:
+        raise ValueError(f"trace {path}: no rows below the header")
+    trace = np.array(values)
+    for row, column in np.argwhere(~(np.isfinite(trace) & (trace >= 0)))[:1]:
+        raise ValueError(f"trace {path}: line {lines[row]}: {names[column]} must be a finite number of at least 0")
+    for row in np.flatnonzero(np.diff(trace[:, 0]) < 0)[:1] + 1:
+        raise ValueError(f"trace {path}: line {lines[row]}: arrival_s is below the row before, the trace is not sorted")
+    return trace
+
+
+class CloudEnv:
+    """`num_envs` worlds of N schedulers as one, with the calls and returns of a Gymnasium vector environment.
+
+    n_agents: N. rounds: T. load: long-run offered load as a fraction of the fleet's capacity. servers_per_agent: K, cut to
+    M. trace: rows from `load_trace`, or None for synthetic load; trace_part: the (from, to) fractions of it that episodes
+    are cut from. capacity: [M, 2] vCPU and GiB, or None for N servers from `CATALOGUE`, every type equally often.
+
+    Agent i reaches the servers (i + offset_k) mod M. The fleet and the offsets depend on N, M and K alone, not on a seed.
+    Raises ValueError if an argument is out of range or the trace too short.
+    """
+
+    def __init__(self, num_envs, n_agents, rounds=100, load=0.8, servers_per_agent=8, trace=None, trace_part=(0, 1), capacity=None):
+        for name in ("num_envs", "n_agents", "rounds", "servers_per_agent"):
+            if locals()[name] < 1:
+                raise ValueError(f"{name} must be at least 1, not {locals()[name]}")
+        if not 0 < load < math.inf:
+            raise ValueError(f"load must be above 0, not {load}")
+        self.num_envs, self.n_agents, self.rounds = num_envs, n_agents, rounds
+        rng = np.random.default_rng(0)
+        if capacity is None:  # shuffled catalogues, the last one cut short
+            capacity = CATALOGUE[np.concatenate([rng.permutation(12) for _ in range(0, n_agents, 12)])[:n_agents]]
+        self.capacity = np.asarray(capacity, dtype=float)  # [M, 2]
+        self.n_servers = len(self.capacity)
+        offsets = rng.permutation(self.n_servers)[:servers_per_agent]
+        self.reach = (np.arange(n_agents)[:, None] + offsets) % self.n_servers  # [N, K]
+
+        work = CPU_WORK * np.array([1, GIB_PER_VCPU.mean()])  # E[demand duration] of a task
+        if trace is not None:
+            first, last = (round(len(trace) * fraction) for fraction in trace_part)
+            needed = n_agents * (rounds + 1)
+            if last - first < needed:
+                raise ValueError(f"trace too short: n_agents x (rounds + 1) = {needed} rows needed, {last - first} in this part of it")
+            seconds = (trace[-1, 0] - trace[0, 0]) / len(trace) * n_agents, trace[:, 1].mean() / MEAN_DURATION
+            if min(*seconds, *(trace[:, 2:] * trace[:, 1:2]).sum(0)) <= 0:
+                raise ValueError("trace has no work: arrivals all at once, or nothing but zeros for duration_s, cpu or memory_gib")
+            trace = trace / [*seconds, 1, 1]  # a round is the mean time that N arrivals take; durations as in synthetic load
+            work = (trace[:, 2:] * trace[:, 1:2]).mean(0)
+            trace = trace[first:last]
+        self.trace = trace
+        self.demand_scale = load * self.capacity.sum(0) / (n_agents * work)  # N arrivals a round, Little's law
+        self._rngs = [np.random.default_rng() for _ in range(num_envs)]
+
+    def reset(self, seed=None, options=None):
+        """Draw new scenarios and start their first round. Returns obs [E, N, K, F] float32 and info (see `step`).
+
+        seed: environment e is seeded with seed + e; None goes on with its generator.
+        options: {"scenarios": [one `Scenario` per environment]} sets them instead, their demands taken as they are.
+        """
+        if seed is not None:
+            self._rngs = [np.random.default_rng(seed + e) for e in range(self.num_envs)]
+        if options:
+            scenarios, scale = options["scenarios"], 1
+        else:
+            scenarios, scale = [draw_scenario(rng, self.rounds, self.n_agents, self.trace) for rng in self._rngs], self.demand_scale
+        E, N, T = self.num_envs, self.n_agents, self.rounds
+        # task (t, e, i) has the number (t E + e) N + i, so that the tasks of a round are neighbours
+        self.demand = np.stack([s.demand for s in scenarios], 1) * scale
+        self.duration = np.stack([s.duration for s in scenarios], 1)
+        self.delta = np.stack([s.delta for s in scenarios], 1)
+        assert self.demand.shape == (T + 1, E, N, 2) and self.duration.shape == (T + 1, E, N) and self.delta.shape == (T, E)
+        self.offered_load = self._offered_load()  # [T + 1, E, 2]
+        self.work_left = self.duration.flatten()  # of every task, in rounds of service
+        self._weight = np.divide(1, self.work_left, out=np.zeros_like(self.work_left), where=self.work_left > 0)  # 1/duration
+        self._server = np.zeros(len(self.work_left), dtype=np.int64)  # e M + n of every task that is placed
+        self._live = np.zeros(0, dtype=np.int64)  # the tasks that are placed and not done
+        self.x = np.zeros((E, self.n_servers, 2))  # utilisation now
+        self.t = 0
+        return self._observe()
+
+    def _offered_load(self):
+        """L_t [T + 1, E, 2]: the demand present after round t's arrivals if nothing ever slowed down (M_t/G/∞)."""
+        start = np.concatenate([np.zeros((1, self.num_envs)), self.delta.cumsum(0)])  # [T + 1, E]
+        change = self.demand.sum(2)
+        for e in range(self.num_envs):
+            leaves = np.searchsorted(start[:, e], (start[:, e, None] + self.duration[:, e]).ravel())  # first round without it
+            for resource in range(2):
+                change[:, e, resource] -= np.bincount(leaves, self.demand[:, e, :, resource].ravel(), self.rounds + 2)[:-1]
+        return change.cumsum(0).clip(0)
+
+    def _observe(self, **played):
+        self.z = self.demand[self.t][:, :, None] / self.capacity[self.reach]  # [E, N, K, 2]
+        obs = np.empty((*self.z.shape[:3], OBS_FEATURES), dtype=np.float32)
+        obs[..., 0:2] = np.log1p(self.x)[:, self.reach]
+        obs[..., 2:4] = self.z
+        obs[..., 4:6] = np.log(self.capacity)[self.reach]
+        obs[..., 6] = np.log(self.duration[self.t].clip(1e-3))[:, :, None]
+        offered = self.offered_load[self.t] / self.capacity.sum(0)
+        state = np.concatenate([self.x.reshape(self.num_envs, -1), offered], 1).astype(np.float32)
+        return obs, {"state": state, **played}
+
+    def step(self, actions):
+        """Place every agent's task on the `actions`-th of its reachable servers, and serve until the next round.
+
+        actions: [E, N] integers in [0, K). Returns obs [E, N, K, F], reward [E], terminated [E] (never), truncated [E] (after
+        round T: bootstrap from this observation) and info: "state" [E, 2M + 2], the global state that belongs to obs (all x,
+        offered load per capacity), and of the round just played "x" [E, M, 2] (utilisation right after the joint action),
+        "demand" [E, N, 2] (vCPU, GiB), "z" [E, N, K, 2] (what each possible action would add to its server's x) and
+        "L" [E, 2] (offered load; vCPU, GiB).
+        """
+        actions = np.asarray(actions)
+        assert actions.shape == (self.num_envs, self.n_agents), actions.shape
+        assert actions.min() >= 0 and actions.max() < self.reach.shape[1], "an action outside [0, K)"
+        return self.place(self.reach[np.arange(self.n_agents), actions])
+
+    def place(self, servers):
+        """`step` with server numbers [E, N], in the agents' reach or not."""
+        assert self.t < self.rounds, "the episode is over: call reset"
+        E, N, M, t = self.num_envs, self.n_agents, self.n_servers, self.t
+        tasks = np.arange(t * E * N, (t + 1) * E * N)
+        self._server[tasks] = (servers + M * np.arange(E)[:, None]).ravel()
+        live = np.concatenate([self._live, tasks])
+        x = self._utilisation(live)
+        reward = self._serve(live, x.reshape(E * M, 2), self.delta[t].repeat(M))
+        self.x = self._utilisation(self._live)
+        self.t += 1
+        obs, info = self._observe(x=x, demand=self.demand[t], z=self.z, L=self.offered_load[t])
+        return obs, reward, np.zeros(E, dtype=bool), np.full(E, self.t == self.rounds), info
+
+    def _utilisation(self, live):
+        """x [E, M, 2] with the tasks `live` present."""
+        server, demand = self._server[live], self.demand.reshape(-1, 2)
+        used = [np.bincount(server, demand[live, resource], self.num_envs * self.n_servers) for resource in range(2)]
+        return np.stack(used, -1).reshape(self.num_envs, self.n_servers, 2) / self.capacity
+
+    def _serve(self, live, x, delta):
+        """Processor sharing for `delta` [E M], exactly: all tasks on a server progress at rate 1/max(1, x_cpu, x_mem).
+
+        As they progress alike, they end in the order of their work left, w_1 ≤ w_2 ≤ …, and between the ends k and k+1 the
+        slowdown s_k is constant. Until end k a task loses lost_k = Σ_{j<k} (w_{j+1} − w_j)(s_j − 1). Only tasks with w ≤ Δ can
+        end. Returns the reward [E], −(1/N) Σ_tasks (time not served)/duration.
+        """
+        server, work = self._server[live], self.work_left[live]
+        ends = work <= delta[server]
+        lost = np.zeros(len(delta))  # time not served to the tasks that stay, per server
+        late = np.zeros(len(live))  # time not served to the tasks that end
+        contended = np.flatnonzero((x > 1).any(-1))  # nothing is lost elsewhere
+        if len(contended):
+            # a row for each contended server; column 0 is the slot's start and column k its k-th end
+            rows = np.full(len(delta), -1)
+            rows[contended] = np.arange(len(contended))
+            tasks = np.flatnonzero(ends & (rows[server] >= 0))
+            tasks = tasks[np.lexsort((work[tasks], server[tasks]))]
+            row = rows[server[tasks]]
+            count = np.bincount(row, minlength=len(contended))
+            column = np.arange(1, len(row) + 1) - (count.cumsum() - count)[row]
+            w = np.full((len(contended), count.max() + 1), np.nan)  # NaN: there is no such end
+            w[:, 0], w[row, column] = 0, work[tasks]
+            gone = np.zeros((*w.shape, 2))
+            gone[row, column] = self.demand.reshape(-1, 2)[live[tasks]]
+            x_k = x[contended, None] - gone.cumsum(1) / self.capacity[contended % self.n_servers, None]
+            s = np.maximum(1, np.maximum(x_k[..., 0], x_k[..., 1]))
+            lost_k = np.zeros_like(w)
+            np.cumsum(np.diff(w) * (s[:, :-1] - 1), 1, out=lost_k[:, 1:])
+            time = w + lost_k
+            done = time <= delta[contended, None]
+            last = np.arange(len(contended)), done.sum(1) - 1
+            lost[contended] = lost_k[last] + (delta[contended] - time[last]) * (1 - 1 / s[last])
+            ends[tasks], late[tasks] = done[row, column], lost_k[row, column]
+        late = np.where(ends, late, lost[server])
+        self.work_left[live] = np.where(ends, 0, work - (delta - lost)[server])
+        self._live = live[~ends]
+        return -np.bincount(server // self.n_servers, late * self._weight[live], self.num_envs) / self.n_agents
+
+    @functools.cached_property
+    def turns(self):
+        """The agents in groups that share no reachable server, for `best_fit`: a group's members cannot affect each other."""
+        turns, waiting = [], range(self.n_agents)
+        while len(waiting):
+            taken, turn = set(), []
+            for agent in waiting:
+                if taken.isdisjoint(self.reach[agent]):
+                    taken.update(self.reach[agent])
+                    turn.append(agent)
+            turns.append(np.array(turn))
+            waiting = np.setdiff1d(waiting, turn)
+        return turns
+
+
+def random_policy(env, obs=None):
+    """Each agent's server drawn uniformly from those it reaches, the same draws in every episode; server numbers [E, N]."""
+    actions = np.random.default_rng(env.t).integers(env.reach.shape[1], size=(env.num_envs, env.n_agents))
+    return env.reach[np.arange(env.n_agents), actions]
+
+
+def best_fit(env, obs=None, all_servers=False):
+    """Best-Fit: each agent in turn, seeing the placements already made in this round; server numbers [E, N].
+
+    Of the agent's reachable servers that its task fits on, the one with the least capacity left (vCPU and GiB, each in
+    units of the fleet's mean server, added); if it fits nowhere, the least overloaded one (by its scarcer resource).
+    all_servers: choose among all M, as a central scheduler would, out of reach of any decentralised policy.
+    """
+    # a turn is several agents at once where they share no server
+    turns, reach = (np.arange(env.n_agents)[:, None], None) if all_servers else (env.turns, env.reach)
+    capacity, demand = env.capacity.T.astype(np.float32), np.moveaxis(env.demand[env.t], 2, 0).astype(np.float32)  # [2, M], [2, E, N]
+    free = np.moveaxis((1 - env.x) * env.capacity, 2, 0).astype(np.float32, order="C")  # [2, E, M]
+    units = capacity.mean(1)[:, None, None]
+    left = (free / units).sum(0)  # [E, M]: a task takes the same off it on every server, so it ranks them for all tasks
+    servers = np.empty((env.num_envs, env.n_agents), dtype=np.int64)
+    every = np.arange(env.num_envs)[:, None]
+    for agents in turns:
+        need = demand[:, :, agents]  # [2, E, G]
+        near = None if all_servers else reach[agents]  # [G, K]
+        room, rank = (free[:, :, None], left[:, None]) if all_servers else (free[:, :, near], left[:, near])
+        fits = (room[0] >= need[0, :, :, None]) & (room[1] >= need[1, :, :, None])  # [E, G, K]
+        choice = np.where(fits, rank, np.float32(np.inf)).argmin(-1)
+        e, g = np.nonzero(~fits.any(-1))
+        if len(e):
+            size = capacity[:, None] if all_servers else capacity[:, near[g]]
+            choice[e, g] = ((need[:, e, g, None] - room[:, e, g]) / size).max(0).argmin(-1)
+        servers[:, agents] = choice if all_servers else near[np.arange(len(agents)), choice]
+        free[:, every, servers[:, agents]] -= need
+        left[every, servers[:, agents]] -= (need / units).sum(0)
+    return servers
+
+
+best_fit_global = functools.partial(best_fit, all_servers=True)
+
+
+def evaluate(env, policy, seed):
+    """Run one episode of `policy(env, obs) -> server numbers [E, N]` on the scenarios of `seed`.
+
+    Returns the undiscounted returns [E], and of the first environment x_t − L_t/ΣC, utilisation minus the fleet's offered
+    load, [T, M, 2].
+    """
+    obs, _ = env.reset(seed=seed)
+    returns, excess = np.zeros(env.num_envs), np.empty((env.rounds, env.n_servers, 2))
+    for t in range(env.rounds):
+        obs, reward, _, _, info = env.place(policy(env, obs))
+        returns += reward
+        excess[t] = info["x"][0] - info["L"][0] / env.capacity.sum(0)
+    return returns, excess
