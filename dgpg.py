@@ -8,7 +8,6 @@ Letters in shapes: N agents, E environments, T rounds, B = T E states, M servers
 
 import math
 import os
-import random
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -32,7 +31,7 @@ class Args:
     seed: int = 1
     """seed of the experiment: workload, initial weights, sampled actions"""
     torch_deterministic: bool = True
-    """if toggled, torch uses deterministic algorithms only"""
+    """if toggled, cuDNN uses deterministic algorithms only"""
     cuda: bool = True
     """if toggled, a GPU is used where there is one"""
     save_model: bool = False
@@ -95,19 +94,24 @@ class Args:
     """if toggled, the guidance of an action is taken relative to its mean over the agent's own policy"""
 
 
+BOUNDS = {
+    "seed": (0, 99_999), "rounds": (1, 10**9), "episodes": (0, 10**9), "eval_every": (1, 10**9), "num_envs": (1, 10**4),
+    "hidden": (1, 10**5), "learning_rate": (0, 10), "gamma": (0, 1), "gae_lambda": (0, 1), "num_minibatches": (1, 10**9),
+    "update_epochs": (1, 10**6), "clip_coef": (0, 10), "ent_coef": (0, 10), "vf_coef": (0, 10**6), "max_grad_norm": (0, 10**9),
+    "target_kl": (0, 10**9), "alpha_start": (0, 1), "alpha_end": (0, 1),
+}
+
+
 def check(args):
     """Raises ValueError, naming the option, if one is out of range. The environment and the trace check their own."""
-    for name, (low, high) in {
-        "seed": (0, 99_999), "rounds": (1, 10**9), "episodes": (0, 10**9), "eval_every": (1, 10**9), "num_envs": (1, 10**4),
-        "hidden": (1, 10**5), "learning_rate": (0, 10), "gamma": (0, 1), "gae_lambda": (0, 1), "update_epochs": (1, 10**6),
-        "num_minibatches": (1, args.rounds * args.num_envs), "clip_coef": (0, 10), "ent_coef": (0, 10), "vf_coef": (0, 10**6),
-        "max_grad_norm": (0, 10**9), "target_kl": (0, 10**9), "alpha_start": (0, 1), "alpha_end": (0, 1),
-    }.items():
-        value = getattr(args, name, None)
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"{name} must be from {low} to {high}, not {value}")
+    if args.num_minibatches > args.rounds * args.num_envs:
+        raise ValueError(f"num_minibatches must be at most rounds x num_envs = {args.rounds * args.num_envs}, not {args.num_minibatches}")
     if args.episodes % args.num_envs:
-        raise ValueError(f"episodes must be a multiple of num_envs ({args.num_envs}), not {args.episodes}")
+        raise ValueError(f"episodes must be a multiple of num_envs = {args.num_envs}, not {args.episodes}")
 
 
 class MLP(nn.Module):
@@ -115,7 +119,7 @@ class MLP(nn.Module):
 
     def __init__(self, copies, inputs, hidden, output_gain):
         super().__init__()
-        sizes = [inputs, hidden, hidden, 1]
+        self.copies, sizes = copies, [inputs, hidden, hidden, 1]
         self.weights = nn.ParameterList(torch.empty(copies, *shape) for shape in zip(sizes, sizes[1:]))
         self.biases = nn.ParameterList(torch.zeros(copies, 1, size) for size in sizes[1:])
         for stack, gain in zip(self.weights, (np.sqrt(2), np.sqrt(2), output_gain)):
@@ -124,40 +128,29 @@ class MLP(nn.Module):
 
     def forward(self, x):
         """x: [N, ..., inputs], N = copies, or any N for one copy. Returns [N, ...]."""
-        copies, inputs = self.weights[0].shape[:2]
-        assert x.shape[-1] == inputs and copies in (1, x.shape[0]), (x.shape, self.weights[0].shape)
-        h = x.reshape(copies, -1, inputs)
+        assert self.copies in (1, x.shape[0]), (self.copies, x.shape)
+        h = x.reshape(self.copies, -1, x.shape[-1])
         for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
             h = F.relu(torch.baddbmm(bias, h, weight))
         return torch.baddbmm(self.biases[-1], h, self.weights[-1]).reshape(x.shape[:-1])
 
 
 class ValueNorm(nn.Module):
-    """Running mean and deviation of the returns, exponentially weighted: the critic learns standardised returns."""
+    """Mean and standard deviation of the returns, exponentially weighted over updates: the critic learns standard scores."""
 
     def __init__(self, beta=0.9):
         super().__init__()
         self.beta = beta
-        for name in ("weight", "mean", "square"):  # Σ w, Σ w R, Σ w R², with the weights w = (1 − β) β^age
-            self.register_buffer(name, torch.zeros(()))
+        self.register_buffer("totals", torch.zeros(3))  # Σ w, Σ w R, Σ w R² with the weights w = (1 − β) β^age
 
     def update(self, returns):
-        for total, new in ((self.weight, torch.ones_like(returns)), (self.mean, returns), (self.square, returns**2)):
-            total.mul_(self.beta).add_((1 - self.beta) * new.mean())
+        moments = torch.stack([torch.ones_like(returns), returns, returns**2]).flatten(1).mean(1)
+        self.totals.lerp_(moments, 1 - self.beta)
 
-    def mean_and_std(self):
-        if self.weight == 0:
-            return torch.zeros_like(self.mean), torch.ones_like(self.mean)
-        mean = self.mean / self.weight
-        return mean, (self.square / self.weight - mean**2).clamp(min=1e-4).sqrt()
-
-    def normalise(self, returns):
-        mean, std = self.mean_and_std()
-        return (returns - mean) / std
-
-    def denormalise(self, values):
-        mean, std = self.mean_and_std()
-        return values * std + mean
+    def forward(self):
+        """Mean and standard deviation, (0, 1) before the first update."""
+        weight, mean, square = self.totals / self.totals[0].clamp(min=1e-8)
+        return mean, torch.where(weight > 0, (square - mean**2).clamp(min=1e-4).sqrt(), 1.0)
 
 
 def gae(rewards, values, gamma, gae_lambda):
@@ -176,14 +169,14 @@ def gae(rewards, values, gamma, gae_lambda):
     return advantages
 
 
-def standardise(x):
-    return (x - x.mean()) / (x.std(correction=0) + 1e-8)
+def standardise(x, norm_adv=True):
+    return (x - x.mean()) / (x.std(correction=0) + 1e-8) if norm_adv else x
 
 
 def guided_advantage(advantages, x, x_ref, z, reach, actions, probs, alpha, own_action_baseline=True, norm_adv=True):
     """DG-PG in one place: mix the advantage with every agent's noise-free guidance (Yang & Liu 2026).
 
-    advantages: Â [1 or N, B]. x, x_ref: state after the joint action and reference x̃, [B, M, 2] utilisation.
+    advantages: Â [1 or N, B], standardised. x, x_ref: state after the joint action and reference x̃, [B, M, 2] utilisation.
     z: [B, N, K, 2] local influence of every action. reach: [N, K] server of every action. actions: [N, B].
     probs: [N, B, K] policy that the actions were drawn from.
     Returns Â_DG [N, B] and g [N, B], before its standardisation.
@@ -196,8 +189,7 @@ def guided_advantage(advantages, x, x_ref, z, reach, actions, probs, alpha, own_
     g = g_of_action.gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # g_i = ⟨x − x̃, z_i⟩
     if own_action_baseline:
         g = g - (probs * g_of_action).sum(-1)  # g_i − E_{a'~π_i}[g_i(a')]
-    scaled = standardise if norm_adv else (lambda values: values)
-    return (1 - alpha) * scaled(advantages) - alpha * scaled(g), g  # Â_DG = (1−α) Â − α g
+    return (1 - alpha) * advantages - alpha * standardise(g, norm_adv), g  # Â_DG = (1−α) Â − α g
 
 
 def clipped_policy_loss(advantages, ratio, clip_coef):
@@ -217,8 +209,6 @@ def train(args):
     """Train and evaluate as `args` says. Returns the final line's figures. Raises ValueError on bad options."""
     # set-up: everything that can be wrong with the options is found before anything is written
     check(args)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(1)  # the matrices are small: a second thread costs more than it brings
@@ -230,19 +220,18 @@ def train(args):
     eval_env = CloudEnv(40, **task, trace_part=(0.8, 1))
     N, E, T, K, B = args.n_agents, args.num_envs, args.rounds, env.reach.shape[1], args.rounds * args.num_envs
 
-    copies = 1 if args.share_parameters else N
-    actor = MLP(copies, OBS_FEATURES, args.hidden, output_gain=0.01)  # scores a (task, server) row
+    actor = MLP(1 if args.share_parameters else N, OBS_FEATURES, args.hidden, output_gain=0.01)  # scores a (task, server) row
     critic = MLP(1, 2 * env.n_servers + 2, 64, output_gain=1.0)  # V(s) of the global state
     if args.init_actor:
         load_actor(args.init_actor, actor)
     actor, critic, value_norm = actor.to(device), critic.to(device), ValueNorm().to(device)
     optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], lr=args.learning_rate, eps=1e-5)
 
-    reach = torch.as_tensor(env.reach, device=device)
-    capacity = torch.as_tensor(env.capacity, dtype=torch.float32, device=device)
-
     def tensor(array):
         return torch.as_tensor(array, dtype=torch.float32, device=device)
+
+    def critic_input(obs, info):
+        return tensor(info["state"]).unsqueeze(0)  # [1, E, 2M + 2]: one value for all agents
 
     def policy(env, obs, argmax=False):
         """Server numbers [E, N] that the actors choose."""
@@ -251,124 +240,129 @@ def train(args):
             actions = logits.argmax(-1) if argmax else Categorical(logits=logits).sample()
         return env.reach[np.arange(N), actions.T.cpu().numpy()]
 
-    print(f"{args.exp_name}: {N} agents, {env.n_servers} servers, {K} in reach, on {device}; running the reference policies")
+    print(f"{args.exp_name}: {N} agents, {env.n_servers} servers, {K} in reach, on {device}; running the reference policies", flush=True)
     references = {"best_fit": best_fit, "best_fit_global": best_fit_global, "random": random_policy}
     references = {name: evaluate(eval_env, reference, EVAL_SEED)[0].mean() for name, reference in references.items()}
+    best, worst = references["best_fit"], references["random"]
     print("mean return of " + ", ".join(f"{name} {value:.2f}" for name, value in references.items()))
 
     run_name = f"{args.exp_name}__n{N}__{args.seed}__{int(time.time())}"
     writer = SummaryWriter(f"runs/{run_name}")
     writer.add_text("hyperparameters", "|option|value|\n|-|-|\n" + "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items()))
-
     start_time, train_seconds, result = time.time(), 0.0, {}
 
     def evaluation(episode):
-        """Evaluate the actor on the held-out scenarios, log it under `episode`, and print a line."""
+        """Evaluate the actor on the held-out scenarios, log it under `episode` and print a line."""
         with torch.random.fork_rng():  # the training's random stream goes on as if there had been no evaluation
             torch.manual_seed(args.seed)
             returns, excess = evaluate(eval_env, policy, EVAL_SEED)
         greedy, _ = evaluate(eval_env, lambda env, obs: policy(env, obs, argmax=True), EVAL_SEED)
-        value, best, worst = returns.mean(), references["best_fit"], references["random"]
+        value = returns.mean()
         score = (value - worst) / (best - worst) if best != worst else math.nan
         cost_ratio = value / best if best else math.nan
-        for tag, scalar in {"return": value, "return_argmax": greedy.mean(), "score": score, "cost_ratio": cost_ratio}.items():
+        logged = {"return": value, "return_argmax": greedy.mean(), "score": score, "cost_ratio": cost_ratio}
+        for tag, scalar in {**logged, **{f"{name}_return": reference for name, reference in references.items()}}.items():
             writer.add_scalar(f"eval/{tag}", scalar, episode)
-        for name, reference in references.items():
-            writer.add_scalar(f"eval/{name}_return", reference, episode)
-        # x − x̃ of servers x rounds, CPU left and memory right: red above the reference, blue below
+        # utilisation minus reference, servers x rounds, CPU left and memory right: red is above, blue below
         excess = np.concatenate([excess[:, :, 0].T, excess[:, :, 1].T], 1)
         image = np.clip(np.stack([1 + excess, 1 - abs(excess), 1 - excess]), 0, 1)
         writer.add_image("eval/utilisation_minus_reference", image, episode)
-        seconds = time.time() - start_time
-        left = seconds / episode * (args.episodes - episode) if episode else math.nan
         sps = episode * T * N / train_seconds if episode else math.nan
+        left = (time.time() - start_time) / episode * (args.episodes - episode) if episode else math.nan
         print(f"{episode:8d} {value:10.2f} {greedy.mean():10.2f} {score:8.4f} {cost_ratio:10.3f} {sps:9.0f} {left:7.0f}", flush=True)
-        result.update(episodes=episode, score=score, cost_ratio=cost_ratio, seconds=seconds, **{"return": value})
+        result.update(logged, episodes=episode)
 
     print(f"{'episodes':>8} {'return':>10} {'argmax':>10} {'score':>8} {'cost_ratio':>10} {'SPS':>9} {'left_s':>7}")
     if args.init_actor or not args.episodes:
         evaluation(0)
 
-    for episode in range(E, args.episodes + 1, E):  # one update: an episode of each environment
-        update_start = time.time()
-        progress = (episode - E) / max(1, args.episodes - E)
-        alpha = args.alpha_start + progress * (args.alpha_end - args.alpha_start)
+    # storage of one update
+    obs = torch.zeros((N, T, E, K, OBS_FEATURES), device=device)
+    actions = torch.zeros((N, T, E), dtype=torch.long, device=device)
+    logprobs = torch.zeros((N, T, E), device=device)
+    rewards = torch.zeros((T, E), device=device)
+    next_obs, info = env.reset(seed=args.seed * 10_000)
+    states = torch.zeros((T + 1, *critic_input(next_obs, info).shape), device=device)
+    # storage of the guidance
+    reach, capacity = torch.as_tensor(env.reach, device=device), tensor(env.capacity)
+    x = torch.zeros((T, E, env.n_servers, 2), device=device)
+    demand = torch.zeros((T, E, N, 2), device=device)
+    load = torch.zeros((T, E, 2), device=device)
+    probs = torch.zeros((N, T, E, K), device=device)
 
-        # rollout: one round of every environment at a time
-        obs = torch.zeros((N, T, E, K, OBS_FEATURES), device=device)
-        states = torch.zeros((1, T + 1, E, 2 * env.n_servers + 2), device=device)
-        actions = torch.zeros((N, T, E), dtype=torch.long, device=device)
-        log_policy = torch.zeros((N, T, E, K), device=device)
-        rewards = torch.zeros((T, E), device=device)
-        x = torch.zeros((T, E, env.n_servers, 2), device=device)
-        demand = torch.zeros((T, E, N, 2), device=device)
-        load = torch.zeros((T, E, 2), device=device)
-        next_obs, info = env.reset(seed=args.seed * 10_000 if episode == E else None)
+    for episode in range(E, args.episodes + 1, E):  # one update takes an episode of every environment
+        update_start = time.time()
+
+        # rollout
         for t in range(T):
-            obs[:, t] = tensor(next_obs).transpose(0, 1)
-            states[0, t] = tensor(info["state"])
+            obs[:, t], states[t] = tensor(next_obs).transpose(0, 1), critic_input(next_obs, info)
             with torch.no_grad():
                 dist = Categorical(logits=actor(obs[:, t]))
-                actions[:, t], log_policy[:, t] = dist.sample(), dist.logits
+            actions[:, t] = dist.sample()
+            logprobs[:, t] = dist.log_prob(actions[:, t])
             next_obs, reward, terminated, truncated, info = env.step(actions[:, t].T.cpu().numpy())
-            rewards[t], x[t], demand[t], load[t] = tensor(reward), tensor(info["x"]), tensor(info["demand"]), tensor(info["L"])
-        assert truncated.all() and not terminated.any()  # so the last state has a value
-        states[0, T] = tensor(info["state"])
+            rewards[t] = tensor(reward)
+            probs[:, t], x[t], demand[t], load[t] = dist.probs, tensor(info["x"]), tensor(info["demand"]), tensor(info["L"])
+        assert truncated.all() and not terminated.any()  # the last state has a value: bootstrap from it
+        states[T] = critic_input(next_obs, info)
+        next_obs, info = env.reset()
 
-        # advantages from values in the reward's units
+        # advantages, from values in the reward's units
         with torch.no_grad():
-            values = value_norm.denormalise(critic(states))
-            advantages = gae(rewards, values, args.gamma, args.gae_lambda)  # [1, T, E]
+            mean, std = value_norm()
+            values = critic(states.transpose(0, 1)) * std + mean  # [1, T + 1, E]
+            advantages = gae(rewards, values, args.gamma, args.gae_lambda)
             returns = advantages + values[:, :-1]
-            value_norm.update(returns)
             explained_variance = 1 - (returns - values[:, :-1]).var() / returns.var()
-            targets = value_norm.normalise(returns).reshape(-1, B)  # [1, B]
-            states = states[:, :-1].reshape(-1, B, states.shape[-1])
-            obs, actions, log_policy = obs.reshape(N, B, K, -1), actions.reshape(N, B), log_policy.reshape(N, B, K)
-            old_log_prob = log_policy.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+            value_norm.update(returns)
+            mean, std = value_norm()
 
-            x, load, demand = x.reshape(B, -1, 2), load.reshape(B, 2), demand.reshape(B, N, 2)
-            x_ref = reference_state(load, capacity)
-            z = local_influence(demand, capacity, reach)
-            advantages, g = guided_advantage(
-                advantages.reshape(-1, B), x, x_ref, z, reach, actions, log_policy.exp(), alpha, args.own_action_baseline, args.norm_adv
-            )  # [N, B]
+        # the batch: B states, agents first
+        b_obs, b_actions, b_logprobs = obs.reshape(N, B, K, -1), actions.reshape(N, B), logprobs.reshape(N, B)
+        b_states = states[:-1].transpose(0, 1).reshape(states.shape[1], B, -1)
+        b_targets = ((returns - mean) / std).reshape(-1, B)
+        b_advantages = standardise(advantages, args.norm_adv).reshape(-1, B)
+        alpha = args.alpha_start + (args.alpha_end - args.alpha_start) * (episode - E) / max(1, args.episodes - E)
+        b_x, b_x_ref = x.reshape(B, -1, 2), reference_state(load.reshape(B, 2), capacity)
+        b_z = local_influence(demand.reshape(B, N, 2), capacity, reach)
+        b_advantages, g = guided_advantage(
+            b_advantages, b_x, b_x_ref, b_z, reach, b_actions, probs.reshape(N, B, K), alpha, args.own_action_baseline, args.norm_adv
+        )
 
         # update: minibatches of states, each with all its agents
         losses = []
         for _ in range(args.update_epochs):
-            epoch_start = len(losses)
             for index in torch.randperm(B, device=device).tensor_split(args.num_minibatches):
-                dist = Categorical(logits=actor(obs[:, index]))
-                log_ratio = dist.log_prob(actions[:, index]) - old_log_prob[:, index]
-                ratio = log_ratio.exp()
-                policy_loss = clipped_policy_loss(advantages[:, index], ratio, args.clip_coef).mean()
+                dist = Categorical(logits=actor(b_obs[:, index]))
+                logratio = dist.log_prob(b_actions[:, index]) - b_logprobs[:, index]
+                ratio = logratio.exp()
+                policy_loss = clipped_policy_loss(b_advantages[:, index], ratio, args.clip_coef).mean()
                 entropy = dist.entropy().mean()
-                value_loss = F.huber_loss(critic(states[:, index]), targets[:, index], delta=10.0)
-                # every actor's loss is a mean over its own samples: their sum is `copies` times the mean over all
-                loss = copies * (policy_loss - args.ent_coef * entropy) + args.vf_coef * value_loss
+                value_loss = F.huber_loss(critic(b_states[:, index]), b_targets[:, index], delta=10.0)
+                # a network's loss is the mean over its own samples: for separate networks the sum of N such means
+                loss = actor.copies * (policy_loss - args.ent_coef * entropy) + critic.copies * args.vf_coef * value_loss
                 optimizer.zero_grad()
                 loss.backward()
-                nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm * copies**0.5)
-                nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
+                for network in (actor, critic):
+                    nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm * network.copies**0.5)
                 optimizer.step()
                 with torch.no_grad():
-                    approx_kl = (ratio - 1 - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
+                    approx_kl = (ratio - 1 - logratio).mean()  # http://joschu.net/blog/kl-approx.html
                     clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
                     losses.append(torch.stack([value_loss, policy_loss, entropy, approx_kl, clipfrac]))
-            if args.target_kl is not None and torch.stack(losses[epoch_start:])[:, 3].mean() > args.target_kl:
+            if args.target_kl is not None and torch.stack(losses[-args.num_minibatches :])[:, 3].mean() > args.target_kl:
                 break
 
         # log: losses are means over the whole update
         train_seconds += time.time() - update_start
-        for name, value in zip(("value_loss", "policy_loss", "entropy", "approx_kl", "clipfrac"), torch.stack(losses).mean(0).tolist()):
+        means = [*torch.stack(losses).mean(0).tolist(), explained_variance.item()]
+        for name, value in zip(("value_loss", "policy_loss", "entropy", "approx_kl", "clipfrac", "explained_variance"), means):
             writer.add_scalar(f"losses/{name}", value, episode)
-        writer.add_scalar("losses/explained_variance", explained_variance.item(), episode)
         writer.add_scalar("charts/episodic_return", rewards.sum(0).mean().item(), episode)
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], episode)
         writer.add_scalar("charts/SPS", episode * T * N / train_seconds, episode)
         writer.add_scalar("guidance/alpha", alpha, episode)
-        writer.add_scalar("guidance/deviation", deviation(x, x_ref).mean().item(), episode)
+        writer.add_scalar("guidance/deviation", deviation(b_x, b_x_ref).mean().item(), episode)
         writer.add_scalar("guidance/g_std", g.std().item(), episode)
         if episode // args.eval_every > (episode - E) // args.eval_every or episode == args.episodes:
             evaluation(episode)
@@ -377,9 +371,8 @@ def train(args):
         torch.save({"actor": actor.state_dict(), "args": asdict(args)}, f"runs/{run_name}/{args.exp_name}.pt")
         print(f"model saved to runs/{run_name}/{args.exp_name}.pt")
     writer.close()
-    print(f"final episodes={result['episodes']} return={result['return']:.2f} best_fit={references['best_fit']:.2f} "
-          f"random={references['random']:.2f} score={result['score']:.4f} cost_ratio={result['cost_ratio']:.3f} "
-          f"seconds={time.time() - start_time:.1f}")
+    print(f"final episodes={result['episodes']} return={result['return']:.2f} best_fit={best:.2f} random={worst:.2f} "
+          f"score={result['score']:.4f} cost_ratio={result['cost_ratio']:.3f} seconds={time.time() - start_time:.1f}")
     return result
 
 

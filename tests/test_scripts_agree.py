@@ -1,0 +1,66 @@
+"""The three scripts repeat each other to the letter: what they share by name has the same source."""
+
+import ast
+import itertools
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SCRIPTS = ("dgpg.py", "mappo.py", "ippo.py")
+PACKAGES = {"math", "os", "sys", "time", "dataclasses", "numpy", "torch", "tyro"}
+# a default differs only where tuning made the baseline better
+TUNED = {"num_envs", "episodes", "eval_every", "learning_rate", "update_epochs", "num_minibatches", "clip_coef", "ent_coef"}
+
+
+def parse(script):
+    source = (ROOT / script).read_text()
+    return source, ast.parse(source).body
+
+
+def definitions(script):
+    """{name: source} of every top-level function and class but `train` and `Args`, which differ by the method."""
+    source, body = parse(script)
+    nodes = [node for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    return {node.name: ast.get_source_segment(source, node) for node in nodes if node.name not in ("train", "Args")}
+
+
+def options(script):
+    """{name: (annotation, default, docstring)} of `Args`."""
+    _, body = parse(script)
+    (args,) = [node for node in body if isinstance(node, ast.ClassDef) and node.name == "Args"]
+    fields = {}
+    for field, doc in itertools.pairwise(args.body):
+        if isinstance(field, ast.AnnAssign):
+            assert isinstance(doc, ast.Expr), f"{script}: {field.target.id} has no docstring"
+            fields[field.target.id] = ast.unparse(field.annotation), ast.unparse(field.value), doc.value.value
+    return fields
+
+
+@pytest.mark.parametrize("one, other", list(itertools.combinations(SCRIPTS, 2)))
+def test_what_two_scripts_share_is_the_same(one, other):
+    first, second = definitions(one), definitions(other)
+    shared = first.keys() & second.keys()
+    assert {"check", "MLP", "ValueNorm", "gae", "standardise", "clipped_policy_loss", "load_actor"} <= shared
+    for name in shared:
+        assert first[name] == second[name], name
+    first, second = options(one), options(other)
+    for name in first.keys() & second.keys():
+        assert first[name][::2] == second[name][::2], name
+        assert first[name][1] == second[name][1] or name in TUNED, name
+
+
+def test_only_dgpg_knows_of_guidance():
+    assert options("mappo.py").keys() == options("ippo.py").keys()
+    assert options("dgpg.py").keys() - options("mappo.py").keys() == {"alpha_start", "alpha_end", "own_action_baseline"}
+    assert options("mappo.py").keys() <= options("dgpg.py").keys()
+    assert [value[1] for value in options("mappo.py").values()] == [value[1] for value in options("ippo.py").values()]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_import_only_what_they_may(script):
+    _, body = parse(script)
+    imported = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in body if isinstance(node, ast.ImportFrom)}
+    modules = {"cloud_env", "analytic_model"} if script == "dgpg.py" else {"cloud_env"}
+    assert {name.split(".")[0] for name in imported} == PACKAGES | modules
