@@ -98,7 +98,8 @@ BOUNDS = {
     "seed": (0, 99_999), "rounds": (1, 10**9), "episodes": (0, 10**9), "eval_every": (1, 10**9), "num_envs": (1, 10**4),
     "hidden": (1, 10**5), "learning_rate": (0, 10), "gamma": (0, 1), "gae_lambda": (0, 1), "num_minibatches": (1, 10**9),
     "update_epochs": (1, 10**6), "clip_coef": (0, 10), "ent_coef": (0, 10), "vf_coef": (0, 10**6), "max_grad_norm": (0, 10**9),
-    "target_kl": (0, 10**9), "alpha_start": (0, 1), "alpha_end": (0, 1),
+    "target_kl": (0, 10**9),
+    "alpha_start": (0, 1), "alpha_end": (0, 1),
 }
 
 
@@ -313,7 +314,7 @@ def train(args):
             values = critic(states.transpose(0, 1)) * std + mean  # [1, T + 1, E]
             advantages = gae(rewards, values, args.gamma, args.gae_lambda)
             returns = advantages + values[:, :-1]
-            explained_variance = 1 - (returns - values[:, :-1]).var() / returns.var()
+            explained_variance = 1 - (returns - values[:, :-1]).var(correction=0) / returns.var(correction=0)
             value_norm.update(returns)
             mean, std = value_norm()
 

@@ -277,7 +277,7 @@ def train(args):
             values = critic(states.transpose(0, 1)) * std + mean  # [1, T + 1, E]
             advantages = gae(rewards, values, args.gamma, args.gae_lambda)
             returns = advantages + values[:, :-1]
-            explained_variance = 1 - (returns - values[:, :-1]).var() / returns.var()
+            explained_variance = 1 - (returns - values[:, :-1]).var(correction=0) / returns.var(correction=0)
             value_norm.update(returns)
             mean, std = value_norm()
 
