@@ -182,9 +182,18 @@ def test_everything_that_is_written(capsys):
     train(Args(**{**TINY, "episodes": 0, "n_agents": 8}, init_actor=str(run / "name.pt")))
 
 
-def test_same_seed_same_numbers_however_often_it_is_evaluated():
-    finals = [train(Args(**{**TINY, "eval_every": every}, seed=seed)) for every, seed in ((1, 1), (1, 1), (9, 1), (1, 2))]
-    assert finals[0]["return"] == finals[1]["return"] == finals[2]["return"] != finals[3]["return"]
+def test_same_seed_same_numbers_however_often_it_is_evaluated(tmp_path, monkeypatch):
+    logged = []
+    for run, (every, seed) in enumerate([(1, 1), (1, 1), (9, 1), (1, 2)]):
+        (tmp_path / str(run)).mkdir()
+        monkeypatch.chdir(tmp_path / str(run))
+        train(Args(**{**TINY, "eval_every": every}, seed=seed))
+        logged.append(scalars())
+        del logged[-1]["charts/SPS"]  # wall time
+    assert logged[0] == logged[1]
+    assert all(points[-1] == logged[0][tag][-1] for tag, points in logged[2].items())  # with fewer evaluations
+    assert logged[0]["losses/policy_loss"] == logged[2]["losses/policy_loss"]
+    assert all(logged[0][tag] != logged[3][tag] for tag in ("eval/return", "losses/policy_loss", "guidance/g_std"))
 
 
 def test_trace_is_trained_and_evaluated_on():
