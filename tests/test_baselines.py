@@ -30,6 +30,6 @@ def each_task_has_its_server(monkeypatch, tmp_path):
 @pytest.mark.parametrize("module", [mappo, ippo, dgpg])
 def test_finds_the_best_policy_of_a_known_game(each_task_has_its_server, module, share_parameters):
     options = dict(n_agents=2, rounds=1, num_envs=64, eval_every=10**9, num_minibatches=4, update_epochs=5)
-    options.update(learning_rate=1e-2, share_parameters=share_parameters)
+    options.update(learning_rate=3e-3, share_parameters=share_parameters)
     assert module.train(module.Args(**options, episodes=0))["score"] < 0.7
-    assert module.train(module.Args(**options, episodes=64 * 40))["score"] > 0.97
+    assert module.train(module.Args(**options, episodes=64 * 60))["score"] > 0.95
