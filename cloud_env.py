@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-EVAL_SEED = 10**9  # evaluation scenario e has the seed EVAL_SEED + e; training seeds stay below
+EVAL_SEED = 10**12  # evaluation scenario e has the seed EVAL_SEED + e; training seeds stay below
 OBS_FEATURES = 7  # log(1 + x_cpu), log(1 + x_mem), z_cpu, z_mem, log vCPU, log GiB, log duration
 
 # AWS c5, m5, r5 (2, 4, 8 GiB per vCPU) x large, xlarge, 2xlarge, 4xlarge (2, 4, 8, 16 vCPU)
@@ -314,16 +314,21 @@ def best_fit(env, obs=None, all_servers=False):
 best_fit_global = functools.partial(best_fit, all_servers=True)
 
 
-def evaluate(env, policy, seed):
-    """Run one episode of `policy(env, obs) -> server numbers [E, N]` on the scenarios of `seed`.
+def evaluate(env, policy, seed, scenarios=None):
+    """Run `policy(env, obs) -> server numbers [E, N]` for one episode of each of the scenarios of `seed`.
 
-    Returns the undiscounted returns [E], and of the first environment x_t − L_t/ΣC, utilisation minus the fleet's offered
+    scenarios: their number, `env.num_envs` of them at a time; by default as many.
+    Returns the undiscounted returns [scenarios], and of the first scenario x_t − L_t/ΣC, utilisation minus the fleet's offered
     load, [T, M, 2].
     """
-    obs, _ = env.reset(seed=seed)
-    returns, excess = np.zeros(env.num_envs), np.empty((env.rounds, env.n_servers, 2))
-    for t in range(env.rounds):
-        obs, reward, _, _, info = env.place(policy(env, obs))
-        returns += reward
-        excess[t] = info["x"][0] - info["L"][0] / env.capacity.sum(0)
+    E = env.num_envs
+    returns, excess = np.zeros(scenarios or E), np.empty((env.rounds, env.n_servers, 2))
+    assert len(returns) % E == 0, "a part of the environments would have no scenario"
+    for first in range(0, len(returns), E):
+        obs, _ = env.reset(seed=seed + first)
+        for t in range(env.rounds):
+            obs, reward, _, _, info = env.place(policy(env, obs))
+            returns[first : first + E] += reward
+            if first == 0:
+                excess[t] = info["x"][0] - info["L"][0] / env.capacity.sum(0)
     return returns, excess

@@ -5,10 +5,17 @@ PPO for every agent on one shared reward, with a critic of its own observation. 
 Letters in shapes: N agents, E environments, T rounds, B = T E states, M servers, K actions, F features.
 """
 
+import contextlib
+import functools
+import io
+import itertools
 import math
 import os
+import pathlib
 import sys
+import threading
 import time
+import zipfile
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -16,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from torch.distributions import Categorical
+from torch.distributions import Categorical, Distribution
 from torch.utils.tensorboard import SummaryWriter
 
 from cloud_env import EVAL_SEED, OBS_FEATURES, CloudEnv, best_fit, best_fit_global, evaluate, load_trace, random_policy
@@ -36,6 +43,8 @@ class Args:
     """if toggled, the actor is saved as {exp_name}.pt in the run's folder"""
     init_actor: str | None = None
     """a saved actor to start from, of any number of agents if it is shared"""
+    resume: str | None = None
+    """the folder of an interrupted run to go on with, under its own options"""
 
     # the task
     n_agents: int = 50
@@ -67,7 +76,9 @@ class Args:
     gae_lambda: float = 0.9
     """λ of generalised advantage estimation"""
     num_minibatches: int = 4
-    """minibatches per epoch, each of T E / num_minibatches states with all their agents"""
+    """minibatches per epoch, each of T E / num_minibatches states"""
+    minibatch_agents: int = 50
+    """agents that a minibatch draws to train their shared actor (one actor per agent: always all)"""
     update_epochs: int = 10
     """epochs per update"""
     norm_adv: bool = True
@@ -86,7 +97,7 @@ class Args:
 
 BOUNDS = {
     "seed": (0, 99_999), "rounds": (1, 10**9), "episodes": (0, 10**9), "eval_every": (1, 10**9), "num_envs": (1, 10**4),
-    "hidden": (1, 10**5), "learning_rate": (0, 10), "gamma": (0, 1), "gae_lambda": (0, 1), "num_minibatches": (1, 10**9),
+    "hidden": (1, 10**5), "learning_rate": (0, 10), "gamma": (0, 1), "gae_lambda": (0, 1), "num_minibatches": (1, 10**9), "minibatch_agents": (1, 10**9),
     "update_epochs": (1, 10**6), "clip_coef": (0, 10), "ent_coef": (0, 10), "vf_coef": (0, 10**6), "max_grad_norm": (0, 10**9),
     "target_kl": (0, 10**9),
 }
@@ -121,7 +132,7 @@ class MLP(nn.Module):
         assert self.copies in (1, x.shape[0]), (self.copies, x.shape)
         h = x.reshape(self.copies, -1, x.shape[-1])
         for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
-            h = F.relu(torch.baddbmm(bias, h, weight))
+            h = torch.baddbmm(bias, h, weight).relu_()
         return torch.baddbmm(self.biases[-1], h, self.weights[-1]).reshape(x.shape[:-1])
 
 
@@ -176,11 +187,29 @@ def load_actor(path, actor):
         raise ValueError(f"init_actor {path} does not fit: {' '.join(str(error).split())}") from None
 
 
+def load_checkpoint(folder):
+    """What `train` saved after an update, and its `Args`. Raises ValueError, naming the option, if it is not whole."""
+    try:
+        with zipfile.ZipFile(f"{folder}/checkpoint.pt") as file:  # torch does not compare the checksums that it writes
+            assert file.testzip() is None, "its checksum is wrong"
+        checkpoint = torch.load(f"{folder}/checkpoint.pt", weights_only=True, map_location="cpu")
+        assert checkpoint["script"] == os.path.basename(__file__), f"it belongs to {checkpoint['script']}"
+        return checkpoint, Args(**checkpoint["args"])
+    except Exception as error:
+        raise ValueError(f"resume {folder}: no checkpoint to go on with: {' '.join(str(error).split())}") from None
+
+
 def train(args):
     """Train and evaluate as `args` says. Returns the final line's figures. Raises ValueError on bad options."""
     # set-up: everything that can be wrong with the options is found before anything is written
+    checkpoint, folder = None, args.resume
+    if folder is not None:
+        if args != Args(resume=folder):
+            raise ValueError("resume goes on under the run's own options: give no other")
+        checkpoint, args = load_checkpoint(folder)
     check(args)
     torch.manual_seed(args.seed)
+    Distribution.set_default_validate_args(False)  # its checks take as long as the sampling
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(1)  # the matrices are small: a second thread costs more than it brings
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
@@ -188,15 +217,15 @@ def train(args):
     trace = load_trace(args.trace) if args.trace else None
     task = dict(n_agents=args.n_agents, rounds=args.rounds, load=args.load, servers_per_agent=args.servers_per_agent, trace=trace)
     env = CloudEnv(args.num_envs, **task, trace_part=(0, 0.8))
-    eval_env = CloudEnv(40, **task, trace_part=(0.8, 1))
+    eval_env = CloudEnv(40 if args.n_agents <= 1000 else 4, **task, trace_part=(0.8, 1))  # 40 scenarios, at once if memory allows
     N, E, T, K, B = args.n_agents, args.num_envs, args.rounds, env.reach.shape[1], args.rounds * args.num_envs
 
     actor = MLP(1 if args.share_parameters else N, OBS_FEATURES, args.hidden, output_gain=0.01)  # scores a (task, server) row
     critic = MLP(actor.copies, K * OBS_FEATURES, 64, output_gain=1.0)  # V(o_i) of the agent's observation
-    if args.init_actor:
+    if args.init_actor and not checkpoint:
         load_actor(args.init_actor, actor)
     actor, critic, value_norm = actor.to(device), critic.to(device), ValueNorm().to(device)
-    optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], lr=args.learning_rate, eps=1e-5)
+    optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], lr=args.learning_rate, eps=1e-5, fused=True)
 
     def tensor(array):
         return torch.as_tensor(array, dtype=torch.float32, device=device)
@@ -211,54 +240,81 @@ def train(args):
             actions = logits.argmax(-1) if argmax else Categorical(logits=logits).sample()
         return env.reach[np.arange(N), actions.T.cpu().numpy()]
 
-    print(f"{args.exp_name}: {N} agents, {env.n_servers} servers, {K} in reach, on {device}; running the reference policies", flush=True)
-    references = {"best_fit": best_fit, "best_fit_global": best_fit_global, "random": random_policy}
-    references = {name: evaluate(eval_env, reference, EVAL_SEED)[0].mean() for name, reference in references.items()}
-    best, worst = references["best_fit"], references["random"]
-    print("mean return of " + ", ".join(f"{name} {value:.2f}" for name, value in references.items()))
+    parts = {"actor": actor, "critic": critic, "value_norm": value_norm, "optimizer": optimizer}
+    if checkpoint:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        torch.set_rng_state(checkpoint["rng"])
+        torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+        start, references, result, train_seconds = (checkpoint[name] for name in ("episode", "references", "result", "train_seconds"))
+        writer = SummaryWriter(folder, purge_step=start + 1)  # what was logged after the checkpoint is logged again
+    else:
+        print(f"{args.exp_name}: {N} agents, {env.n_servers} servers, {K} in reach, on {device}; running the reference policies", flush=True)
+        references = {"best_fit": best_fit, "best_fit_global": best_fit_global, "random": random_policy}
+        if N > 2000:
+            del references["best_fit_global"]  # every task against every server takes hours
+        references = {name: evaluate(eval_env, reference, EVAL_SEED, 40)[0].mean().item() for name, reference in references.items()}
+        print("mean return of " + ", ".join(f"{name} {value:.2f}" for name, value in references.items()))
+        start, result, train_seconds, stamp = 0, {}, 0.0, int(time.time())
+        while os.path.exists(folder := f"runs/{args.exp_name}__n{N}__{args.seed}__{stamp}"):
+            stamp += 1  # two runs never share a folder
+        os.makedirs(folder)
+        writer = SummaryWriter(folder)
+        options = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
+        writer.add_text("hyperparameters", f"|option|value|\n|-|-|\n{options}")
+    best, worst, start_time = references["best_fit"], references["random"], time.time()
 
-    run_name = f"{args.exp_name}__n{N}__{args.seed}__{int(time.time())}"
-    writer = SummaryWriter(f"runs/{run_name}")
-    writer.add_text("hyperparameters", "|option|value|\n|-|-|\n" + "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items()))
-    start_time, train_seconds, result = time.time(), 0.0, {}
+    def save_checkpoint(episode):
+        """All that `--resume` needs, written aside and renamed: at any moment there is a whole one."""
+        writer.flush()
+        checkpoint = {name: part.state_dict() for name, part in parts.items()}
+        checkpoint.update(script=os.path.basename(__file__), args=asdict(args), episode=episode, references=references, result=result)
+        checkpoint.update(train_seconds=train_seconds, rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
+        data = io.BytesIO()
+        torch.save(checkpoint, data)
+        pathlib.Path(f"{folder}/checkpoint.new").write_bytes(data.getvalue())
+        os.replace(f"{folder}/checkpoint.new", f"{folder}/checkpoint.pt")
+        train.folder = folder  # an interruption can be resumed
 
     def evaluation(episode):
         """Evaluate the actor on the held-out scenarios, log it under `episode` and print a line."""
         with torch.random.fork_rng():  # the training's random stream goes on as if there had been no evaluation
             torch.manual_seed(args.seed)
-            returns, excess = evaluate(eval_env, policy, EVAL_SEED)
-        greedy, _ = evaluate(eval_env, lambda env, obs: policy(env, obs, argmax=True), EVAL_SEED)
-        value = returns.mean()
+            returns, excess = evaluate(eval_env, policy, EVAL_SEED, 40)
+        value = returns.mean().item()
         score = (value - worst) / (best - worst) if best != worst else math.nan
-        cost_ratio = value / best if best else math.nan
-        logged = {"return": value, "return_argmax": greedy.mean(), "score": score, "cost_ratio": cost_ratio}
-        for tag, scalar in {**logged, **{f"{name}_return": reference for name, reference in references.items()}}.items():
+        result.update({"return": value, "score": score, "cost_ratio": value / best if best else math.nan})
+        if episode == args.episodes:
+            argmax = functools.partial(policy, argmax=True)
+            result["return_argmax"] = evaluate(eval_env, argmax, EVAL_SEED, 40)[0].mean().item()
+        for tag, scalar in {**result, **{f"{name}_return": reference for name, reference in references.items()}}.items():
             writer.add_scalar(f"eval/{tag}", scalar, episode)
         # utilisation minus reference, servers x rounds, CPU left and memory right: red is above, blue below
         excess = np.concatenate([excess[:, :, 0].T, excess[:, :, 1].T], 1)
         image = np.clip(np.stack([1 + excess, 1 - abs(excess), 1 - excess]), 0, 1)
         writer.add_image("eval/utilisation_minus_reference", image, episode)
         sps = episode * T * N / train_seconds if episode else math.nan
-        left = (time.time() - start_time) / episode * (args.episodes - episode) if episode else math.nan
-        print(f"{episode:8d} {value:10.2f} {greedy.mean():10.2f} {score:8.4f} {cost_ratio:10.3f} {sps:9.0f} {left:7.0f}", flush=True)
-        result.update(logged, episodes=episode)
+        left = (time.time() - start_time) / (episode - start) * (args.episodes - episode) if episode > start else math.nan
+        print(f"{episode:8d} {value:10.2f} {score:8.4f} {result['cost_ratio']:10.3f} {sps:9.0f} {left:7.0f}", flush=True)
 
-    print(f"{'episodes':>8} {'return':>10} {'argmax':>10} {'score':>8} {'cost_ratio':>10} {'SPS':>9} {'left_s':>7}")
-    if args.init_actor or not args.episodes:
-        evaluation(0)
+    print(f"{'episodes':>8} {'return':>10} {'score':>8} {'cost_ratio':>10} {'SPS':>9} {'left_s':>7}")
+    if not checkpoint:
+        if args.init_actor or not args.episodes:
+            evaluation(0)
+        save_checkpoint(0)
 
     # storage of one update
     obs = torch.zeros((N, T, E, K, OBS_FEATURES), device=device)
     actions = torch.zeros((N, T, E), dtype=torch.long, device=device)
     logprobs = torch.zeros((N, T, E), device=device)
     rewards = torch.zeros((T, E), device=device)
-    next_obs, info = env.reset(seed=args.seed * 10_000)
-    states = torch.zeros((T + 1, *critic_input(next_obs, info).shape), device=device)
+    states = torch.zeros((T + 1, *critic_input(*env.reset(seed=0)).shape), device=device)
 
-    for episode in range(E, args.episodes + 1, E):  # one update takes an episode of every environment
+    for episode in range(start + E, args.episodes + 1, E):  # one update takes an episode of every environment
         update_start = time.time()
 
-        # rollout
+        # rollout; an episode's scenario depends on the seed and the episode's number only
+        next_obs, info = env.reset(seed=args.seed * 10**6 + episode - E)
         for t in range(T):
             obs[:, t], states[t] = tensor(next_obs).transpose(0, 1), critic_input(next_obs, info)
             with torch.no_grad():
@@ -269,7 +325,6 @@ def train(args):
             rewards[t] = tensor(reward)
         assert truncated.all() and not terminated.any()  # the last state has a value: bootstrap from it
         states[T] = critic_input(next_obs, info)
-        next_obs, info = env.reset()
 
         # advantages, from values in the reward's units
         with torch.no_grad():
@@ -285,55 +340,81 @@ def train(args):
         b_obs, b_actions, b_logprobs = obs.reshape(N, B, K, -1), actions.reshape(N, B), logprobs.reshape(N, B)
         b_states = states[:-1].transpose(0, 1).reshape(states.shape[1], B, -1)
         b_targets = ((returns - mean) / std).reshape(-1, B)
-        b_advantages = standardise(advantages, args.norm_adv).reshape(-1, B)
+        b_advantages = standardise(advantages, args.norm_adv).reshape(-1, B).expand(N, B)
 
         # update: minibatches of states, each with all its agents
         losses = []
         for _ in range(args.update_epochs):
             for index in torch.randperm(B, device=device).tensor_split(args.num_minibatches):
-                dist = Categorical(logits=actor(b_obs[:, index]))
-                logratio = dist.log_prob(b_actions[:, index]) - b_logprobs[:, index]
+                who = torch.randperm(N, device=device)[: args.minibatch_agents if actor.copies == 1 else N, None]
+                dist = Categorical(logits=actor(b_obs[who, index]))
+                logratio = dist.log_prob(b_actions[who, index]) - b_logprobs[who, index]
                 ratio = logratio.exp()
-                policy_loss = clipped_policy_loss(b_advantages[:, index], ratio, args.clip_coef).mean()
+                policy_loss = clipped_policy_loss(b_advantages[who, index], ratio, args.clip_coef).mean()
                 entropy = dist.entropy().mean()
                 value_loss = F.huber_loss(critic(b_states[:, index]), b_targets[:, index], delta=10.0)
                 # a network's loss is the mean over its own samples: for separate networks the sum of N such means
                 loss = actor.copies * (policy_loss - args.ent_coef * entropy) + critic.copies * args.vf_coef * value_loss
                 optimizer.zero_grad()
                 loss.backward()
-                for network in (actor, critic):
-                    nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm * network.copies**0.5)
+                norms = [
+                    nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm * network.copies**0.5) for network in (actor, critic)
+                ]
                 optimizer.step()
                 with torch.no_grad():
                     approx_kl = (ratio - 1 - logratio).mean()  # http://joschu.net/blog/kl-approx.html
                     clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                    losses.append(torch.stack([value_loss, policy_loss, entropy, approx_kl, clipfrac]))
+                    losses.append(torch.stack([value_loss, policy_loss, entropy, approx_kl, clipfrac, *norms]))
             if args.target_kl is not None and torch.stack(losses[-args.num_minibatches :])[:, 3].mean() > args.target_kl:
                 break
 
         # log: losses are means over the whole update
         train_seconds += time.time() - update_start
-        means = [*torch.stack(losses).mean(0).tolist(), explained_variance.item()]
-        for name, value in zip(("value_loss", "policy_loss", "entropy", "approx_kl", "clipfrac", "explained_variance"), means):
+        names = ("value_loss", "policy_loss", "entropy", "approx_kl", "clipfrac", "actor_grad_norm", "critic_grad_norm")
+        steps = torch.stack(losses)
+        broken = ["reward"] * (not rewards.isfinite().all()) + [names[column] for _, column in (~steps.isfinite()).nonzero().tolist()]
+        if broken:
+            raise FloatingPointError(f"{broken[0]} is not finite in the update at episode {episode}: {folder}/checkpoint.pt is the one before")
+        for name, value in zip(names[:5], steps.mean(0).tolist()):
             writer.add_scalar(f"losses/{name}", value, episode)
+        writer.add_scalar("losses/explained_variance", explained_variance.item(), episode)
         writer.add_scalar("charts/episodic_return", rewards.sum(0).mean().item(), episode)
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], episode)
         writer.add_scalar("charts/SPS", episode * T * N / train_seconds, episode)
         if episode // args.eval_every > (episode - E) // args.eval_every or episode == args.episodes:
             evaluation(episode)
+        save_checkpoint(episode)
 
     if args.save_model:
-        torch.save({"actor": actor.state_dict(), "args": asdict(args)}, f"runs/{run_name}/{args.exp_name}.pt")
-        print(f"model saved to runs/{run_name}/{args.exp_name}.pt")
+        torch.save({"actor": actor.state_dict(), "args": asdict(args)}, f"{folder}/{args.exp_name}.pt")
+        print(f"model saved to {folder}/{args.exp_name}.pt")
     writer.close()
-    print(f"final episodes={result['episodes']} return={result['return']:.2f} best_fit={best:.2f} random={worst:.2f} "
+    print(f"final episodes={args.episodes} return={result['return']:.2f} best_fit={best:.2f} random={worst:.2f} "
           f"score={result['score']:.4f} cost_ratio={result['cost_ratio']:.3f} seconds={time.time() - start_time:.1f}")
     return result
 
 
+def command_line():
+    """The options. What tyro finds wrong with them is one line here instead of a box of several."""
+    with contextlib.redirect_stderr(io.StringIO()) as box:
+        try:
+            return tyro.cli(Args)
+        except SystemExit as stop:
+            if not stop.code:  # --help
+                raise
+    lines = (line.strip("│ ") for line in box.getvalue().splitlines()[1:])
+    raise ValueError(" ".join(itertools.takewhile(lambda line: not line.startswith("─"), lines)))
+
+
 if __name__ == "__main__":
+    script = os.path.basename(__file__)
+    threading.excepthook = lambda failure: None  # what fails in the event file's thread is raised again by the next flush
     try:
-        train(tyro.cli(Args))
-    except (ValueError, OSError) as error:
-        print(f"{os.path.basename(__file__)}: error: {error}", file=sys.stderr)
+        train(command_line())
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        folder = getattr(train, "folder", None)
+        print(f"{script}: interrupted" + (f", go on with: python {script} --resume {folder}" if folder else ""), file=sys.stderr)
+        sys.exit(130)
