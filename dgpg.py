@@ -426,7 +426,7 @@ def train(args):
         writer.add_scalar("charts/SPS", episode * T * N / train_seconds, episode)
         writer.add_scalar("guidance/alpha", alpha, episode)
         writer.add_scalar("guidance/deviation", deviation(b_x, b_x_ref).mean().item(), episode)
-        writer.add_scalar("guidance/g_std", g.std().item(), episode)
+        writer.add_scalar("guidance/g_std", g.std(correction=0).item(), episode)
         if episode // args.eval_every > (episode - E) // args.eval_every or episode == args.episodes:
             evaluation(episode)
         save_checkpoint(episode)

@@ -236,6 +236,19 @@ def run_script(monkeypatch, *options):
         ("--trace negative.csv", "line 2: duration_s"),
         ("--trace nan.csv", "line 2: cpu"),
         ("--trace columns.csv", "memory_gib"),
+        ("--trace header.csv", "header.csv: no rows"),
+        ("--hidden 0", "hidden"),
+        ("--minibatch-agents 0", "minibatch_agents"),
+        ("--gamma 1.1", "gamma"),
+        ("--learning-rate inf", "learning_rate"),
+        ("--eval-every 0", "eval_every"),
+        ("--n-agents x", "--n-agents"),
+        ("--n-agents 1.5", "--n-agents"),
+        ("--load much", "--load"),
+        ("--rounds", "--rounds"),
+        ("--no-such-option 3", "--no-such-option"),
+        ("stray", "stray"),
+        ("--resume missing", "missing"),
         ("--init-actor missing.pt", "missing.pt"),
         ("--init-actor short.csv", "short.csv"),
         ("--init-actor other.pt", "other.pt"),
@@ -249,6 +262,7 @@ def test_bad_input_gets_one_line_and_status_2_and_writes_nothing(monkeypatch, ca
         "unsorted.csv": header + "0,1,1,1\n2,1,1,1\n1,1,1,1\n",
         "negative.csv": header + "0,-1,1,1\n",
         "nan.csv": header + "0,1,nan,1\n",
+        "header.csv": header,
         "columns.csv": "arrival_s,duration_s,cpu\n",
     }
     for name, text in files.items():
@@ -261,6 +275,13 @@ def test_bad_input_gets_one_line_and_status_2_and_writes_nothing(monkeypatch, ca
     (line,) = captured.err.splitlines()
     assert line.startswith("dgpg.py: error: ") and named in line
     assert sorted(os.listdir()) == before
+
+
+def test_a_runs_folder_that_cannot_be_written_is_one_line(monkeypatch, capsys):
+    pathlib.Path("runs").write_text("in the way")
+    assert run_script(monkeypatch, "--n-agents", "2", "--episodes", "1") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dgpg.py: error: ") and "runs" in line
 
 
 def test_three_files_copied_elsewhere_run_by_themselves():

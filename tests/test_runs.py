@@ -257,3 +257,55 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
         assert status == 2 and len(lines) == 1 and lines[0].startswith("dgpg.py: error: "), (name, lines)
         if name == "events":
             assert state(folder)["episode"] > 0
+
+
+EDGES = {
+    "one agent": dict(n_agents=1),
+    "one server in reach": dict(servers_per_agent=1),
+    "one agent with one server, one round": dict(n_agents=1, servers_per_agent=1, rounds=1, num_minibatches=1),
+    "more servers in reach than there are": dict(servers_per_agent=99),
+    "one round": dict(rounds=1, num_minibatches=1),
+    "several environments": dict(num_envs=3, episodes=3),
+    "one minibatch per state": dict(num_minibatches=10),
+    "a batch that the minibatches do not divide": dict(num_minibatches=3),
+    "one agent in a minibatch": dict(minibatch_agents=1),
+    "more agents in a minibatch than there are": dict(minibatch_agents=10**9),
+    "one unit": dict(hidden=1),
+    "no learning": dict(learning_rate=0, gamma=0, gae_lambda=0),
+    "no discount": dict(gamma=1, gae_lambda=1),
+    "no clipping, no gradient": dict(clip_coef=0, max_grad_norm=0, vf_coef=0),
+    "hardly any load": dict(load=1e-6),
+    "far too much load": dict(load=1000),
+    "evaluated never but at the end": dict(eval_every=10**9),
+    "ends at the first divergence": dict(target_kl=0),
+    "not standardised": dict(norm_adv=False),
+    "the largest seed": dict(seed=99_999),
+    "one actor per agent": dict(share_parameters=False, ent_coef=0.01),
+}
+
+
+@pytest.mark.parametrize("script", [dgpg, mappo, ippo])
+@pytest.mark.parametrize("options", EDGES.values(), ids=EDGES)
+def test_options_at_their_edges_train(script, options):
+    result = script.train(script.Args(**{**SMALL, "num_envs": 1, "episodes": 2, **options}))
+    assert math.isfinite(result["return"]) and result["return"] <= 0
+
+
+HEADER = "arrival_s,duration_s,cpu,memory_gib"
+TRACES = {
+    "CRLF, a byte order mark and more columns": "\ufeff" + "\r\n".join(["id," + HEADER + ",zone", *(f"{i},{i},5,1,2,b" for i in range(300))]),
+    "simultaneous arrivals": "\n".join([HEADER, *(f"{i // 100},5,1,2" for i in range(300))]),
+    "durations of 0 and 1e9": "\n".join([HEADER, *(f"{i},{[0, 1e9, 5][i % 3]},1,2" for i in range(300))]),
+}
+
+
+@pytest.mark.parametrize("text", TRACES.values(), ids=TRACES)
+def test_traces_at_their_edges_train(text):
+    pathlib.Path("trace.csv").write_bytes(text.encode())
+    assert math.isfinite(train(Args(**SMALL, episodes=1, trace="trace.csv"))["return"])
+
+
+def test_a_trace_of_a_million_rows():
+    row = "{0},{1},{2},2\n"
+    pathlib.Path("trace.csv").write_text(HEADER + "\n" + "".join(row.format(i, 1 + i % 50, 1 + i % 3) for i in range(10**6)))
+    assert math.isfinite(train(Args(**SMALL, episodes=1, trace="trace.csv"))["return"])

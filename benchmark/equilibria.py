@@ -1,0 +1,41 @@
+"""How good the policy is that DG-PG ends with, at N = 5: α_end = 0 and 0.2, its own budget and MAPPO's, over the load.
+
+Writes results/equilibria.csv (a run that is there is not repeated).
+"""
+
+from dataclasses import dataclass
+
+import tyro
+from runs import curves, interval, sweep
+
+BUDGET = "--num-envs 8 --episodes 1600 --eval-every 1600 --learning-rate 1e-3 --clip-coef 0.2"  # MAPPO's
+SETTINGS = [
+    ("dgpg.py", "--eval-every 20 --alpha-end 0.2"),
+    ("dgpg.py", "--eval-every 20 --alpha-end 0"),
+    ("dgpg.py", f"{BUDGET} --alpha-end 0.2"),
+    ("dgpg.py", f"{BUDGET} --alpha-end 0"),
+    ("dgpg.py", f"{BUDGET} --alpha-end 0 --ent-coef 0.01"),
+    ("mappo.py", "--eval-every 1600"),
+]
+
+
+@dataclass
+class Args:
+    seeds: int = 2
+    """seeds 1, 2, …"""
+    workers: int = 2
+    """runs side by side, one thread each"""
+
+
+def main(args):
+    loads = (0.6, 0.7, 0.8, 0.9)
+    jobs = [(script, 5, seed, f"{options} --load {load}") for seed in range(1, args.seeds + 1) for load in loads for script, options in SETTINGS]
+    found = curves(sweep("equilibria", jobs, args.workers))
+    print("| cost ratio at the end | " + " | ".join(f"load {load}" for load in loads) + " |\n|---" + "|---" * len(loads) + "|")
+    for script, options in SETTINGS:
+        ends = [interval([ratios[-1] for _, ratios in found[script, 5, f"{options} --load {load}"].values()]) for load in loads]
+        print(f"| `{script} {options}` | " + " | ".join(f"{mean:.2f} ± {half:.2f}" for mean, half in ends) + " |")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

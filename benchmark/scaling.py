@@ -1,0 +1,60 @@
+"""DG-PG at N = 5 … 1500: episodes until Best-Fit, cost ratio, seconds and memory. `python benchmark/scaling.py --help`.
+
+Writes results/scaling.csv (a run that is there is not repeated) and scaling.svg, and prints the table.
+"""
+
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+from runs import ROOT, curves, interval, reached, slope, sweep
+
+SIZES = (5, 10, 20, 50, 100, 200, 500, 1000, 1500)
+
+
+@dataclass
+class Args:
+    seeds: int = 5
+    """seeds 1, 2, … at N up to 200"""
+    seeds_large: int = 3
+    """seeds above that"""
+    workers: int = 2
+    """runs side by side, one thread each"""
+    options: str = "--eval-every 1"
+    """what every run gets besides N and seed"""
+
+
+def main(args):
+    jobs = [("dgpg.py", n, seed, args.options) for n in SIZES for seed in range(1, 1 + (args.seeds if n <= 200 else args.seeds_large))]
+    rows = sweep("scaling", jobs, args.workers)
+    ends = {(row["n_agents"], row["seed"]): row for row in rows}
+    print("| N | episodes until Best-Fit | cost ratio after 10 | 20 | seconds | peak MiB |\n|---|---|---|---|---|---|")
+    points = []
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for (_, n, _), seeds in curves(rows).items():
+        first = [reached(*curve) for curve in seeds.values()]
+        points += [(n, episode) for episode in first]
+        at = {k: interval([ratios[episodes == k][0] for episodes, ratios in seeds.values()]) for k in (10, 20)}
+        last = [row for key, row in ends.items() if key[0] == n]
+        seconds, memory = (np.median([row[name] for row in last]) for name in ("seconds", "peak_mib"))
+        print(
+            f"| {n} | {', '.join('never' if np.isnan(e) else f'{e:.0f}' for e in first)} "
+            + "".join(f"| {mean:.2f} ± {half:.2f} " for mean, half in at.values())
+            + f"| {seconds:.0f} | {memory:.0f} |"
+        )
+        episodes = next(iter(seeds.values()))[0]
+        ratios = np.exp(np.mean([np.log(ratios) for _, ratios in seeds.values()], 0))
+        axes.plot(episodes, ratios, label=f"N = {n}", color=plt.cm.viridis(SIZES.index(n) / len(SIZES)))
+    points = np.array([point for point in points if not np.isnan(point[1])])
+    beta, error = slope(*points.T)
+    print(f"slope of log(episodes until Best-Fit) over log(N): {beta:.3f} ± {error:.3f} (standard error, {len(points)} runs)")
+    axes.axhline(1, color="black", lw=0.8, ls=":")
+    axes.text(20, 1.03, "Best-Fit", ha="right", va="bottom")
+    axes.set(yscale="log", xlabel="episodes", ylabel="cost ratio R / R_best_fit", title="DG-PG: geometric mean over seeds", xlim=(1, 20))
+    axes.legend(ncols=2, fontsize=8)
+    figure.savefig(ROOT / "benchmark" / "scaling.svg", bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,147 @@
+"""Variance and noise of one agent's gradient, over N: the shared return's, the guidance's and their mixture's.
+
+Every agent has its own actor. A scenario is held fixed while the actions of all agents are drawn again and again; a sample of
+agent i's gradient is Σ_t A_t ∇ log π_i(a_i,t), with A the discounted team return to go, Σ_tasks instead of the mean over tasks
+(so that an agent's own effect does not depend on N), less its mean over the other samples; or A = −g_i,t, the guidance.
+Writes results/variance.csv and variance.svg, and prints the table.
+"""
+
+import csv
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import tyro
+from runs import RESULTS, ROOT, read, slope
+from torch.distributions import Categorical
+
+from analytic_model import local_influence, reference_state
+from cloud_env import OBS_FEATURES, CloudEnv, Scenario
+from dgpg import MLP, guided_advantage
+
+TERMS = ("return", "guidance", "guidance_own_action_baseline")
+
+
+@dataclass
+class Args:
+    sizes: tuple[int, ...] = (12, 24, 48, 96, 192, 384, 768, 1536)
+    """numbers of agents, multiples of 12: every type of server equally often"""
+    scenarios: int = 4
+    """scenarios, each held fixed for all its samples"""
+    samples: int = 96
+    """samples of all agents' actions for one scenario"""
+    rounds: int = 20
+    """rounds of one sample"""
+    alpha: float = 0.5
+    """the fixed weight of the guidance in the mixture"""
+
+
+def gradients(n_agents, samples, rounds, seed, gamma=0.97):
+    """Yields for each sample the three gradients of all agents, [3, N, P] in the order of `TERMS`, for one scenario."""
+    torch.manual_seed(seed)
+    env = CloudEnv(1, n_agents, rounds)
+    env.reset(seed=seed)
+    scenario = Scenario(env.demand[:, 0], env.duration[:, 0], env.delta[:, 0])
+    env = CloudEnv(samples, n_agents, rounds)
+    obs, info = env.reset(options={"scenarios": [scenario] * samples})
+    actor = MLP(n_agents, OBS_FEATURES, 32, output_gain=0.01)
+    reach, capacity = torch.as_tensor(env.reach), torch.tensor(env.capacity, dtype=torch.float32)
+    steps = []
+    for _ in range(rounds):
+        rows = torch.as_tensor(obs).transpose(0, 1)  # [N, S, K, F]
+        with torch.no_grad():
+            dist = Categorical(logits=actor(rows))
+        actions = dist.sample()
+        obs, reward, _, _, info = env.step(actions.T.numpy())
+        x, demand, load = (torch.as_tensor(info[name], dtype=torch.float32) for name in ("x", "demand", "L"))
+        model = (x, reference_state(load, capacity), local_influence(demand, capacity, reach), reach, actions, dist.probs, 1.0)
+        g = [guided_advantage(0.0, *model, own_action_baseline=baseline, norm_adv=False)[1] for baseline in (False, True)]
+        steps.append((rows, actions, torch.as_tensor(reward, dtype=torch.float32) * n_agents, *g))
+    rows, actions, rewards, *g = (torch.stack(parts) for parts in zip(*steps))  # [T, N, S, …], rewards [T, S]
+    to_go = torch.zeros_like(rewards)
+    for t in reversed(range(rounds)):
+        to_go[t] = rewards[t] + (gamma * to_go[t + 1] if t + 1 < rounds else 0)
+    advantage = (to_go - to_go.mean(1, keepdim=True)) * samples / (samples - 1)  # less the mean over the other samples
+    weights = [advantage[:, None].expand(-1, n_agents, -1), -g[0], -g[1]]  # [T, N, S]
+    for s in range(samples):
+        log_prob = Categorical(logits=actor(rows[:, :, s].transpose(0, 1))).log_prob(actions[:, :, s].T)  # [N, T]
+        losses = [(weight[:, :, s].T * log_prob).sum() for weight in weights]
+        yield torch.stack(
+            [
+                torch.cat([part.flatten(1) for part in torch.autograd.grad(loss, list(actor.parameters()), retain_graph=True)], 1)
+                for loss in losses
+            ]
+        )
+
+
+def measure(n_agents, scenarios, samples, rounds, alpha):
+    """Means over agents and scenarios of a gradient's variance V (trace of its covariance), squared signal and the like.
+
+    Returns {"return_variance", "return_noise", …: noise-to-signal V/‖mean‖² with the mean's own noise V/S taken out, and of the
+    mixture (1−α) return + α guidance: "covariance", "mixture_variance" at the given α, "alpha_star" = V_J/(V_J + V_G),
+    "alpha_measured" (of a grid of step 0.001 the one with the least variance), "optimum_variance" there}.
+    """
+    variance, signal, covariance = np.zeros(3), np.zeros(3), 0.0
+    for scenario in range(scenarios):
+        total = square = cross = 0.0
+        for sample in gradients(n_agents, samples, rounds, seed=1000 + scenario):
+            sample = sample.double()
+            total, square = total + sample, square + sample**2
+            cross = cross + sample[0] * sample[1]
+        mean = total / samples
+        v = (square / samples - mean**2) * samples / (samples - 1)  # [3, N, P]
+        variance += v.sum(2).mean(1).numpy() / scenarios
+        signal += (mean**2 - v / samples).sum(2).mean(1).numpy() / scenarios
+        covariance += ((cross / samples - mean[0] * mean[1]) * samples / (samples - 1)).sum(1).mean().item() / scenarios
+
+    def mixture(a):
+        return (1 - a) ** 2 * variance[0] + a**2 * variance[1] + 2 * a * (1 - a) * covariance
+
+    grid = np.linspace(0, 1, 1001)
+    row = {"n_agents": n_agents}
+    for term, v, s in zip(TERMS, variance, signal):
+        row |= {f"{term}_variance": v, f"{term}_noise": v / s}
+    row |= {"covariance": covariance, "mixture_variance": mixture(alpha), "alpha_star": variance[0] / (variance[0] + variance[1])}
+    return row | {"alpha_measured": grid[mixture(grid).argmin()], "optimum_variance": mixture(grid).min()}
+
+
+def main(args):
+    import matplotlib.pyplot as plt
+
+    torch.set_num_threads(1)
+    path = RESULTS / "variance.csv"
+    there = {int(row["n_agents"]) for row in read(path)}
+    for n in args.sizes:
+        if n not in there:
+            row = measure(n, args.scenarios, args.samples, args.rounds, args.alpha)
+            with path.open("a", newline="") as file:
+                writer = csv.DictWriter(file, row)
+                if not file.tell():
+                    writer.writeheader()
+                writer.writerow(row)
+            print(f"N = {n} done, of {args.sizes}", flush=True)
+    rows = [row for row in read(path) if row["n_agents"] in args.sizes]
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    shown = [f"{term}_{kind}" for term in TERMS for kind in ("variance", "noise")] + ["mixture_variance", "optimum_variance"]
+    print("| N | " + " | ".join(shown) + " | α* | α measured |\n" + "|---" * (len(shown) + 3) + "|")
+    for row in rows:
+        figures = [f"{row[name]:.3g}" for name in shown]
+        print(f"| {row['n_agents']:.0f} | " + " | ".join(figures) + f" | {row['alpha_star']:.4f} | {row['alpha_measured']:.3f} |")
+    slopes = {name: slope(columns["n_agents"], columns[name].clip(1e-12)) for name in shown}
+    print("| slope | " + " | ".join(f"{beta:.2f} ± {error:.2f}" for beta, error in slopes.values()) + " | | |")
+
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6))
+    for axes, names, title in (
+        (panels[0], ("return_variance", "guidance_variance", "mixture_variance", "optimum_variance"), "variance"),
+        (panels[1], ("return_noise", "guidance_noise"), "squared noise-to-signal ratio"),
+    ):
+        for name in names:
+            label = name.split("_")[0].replace("mixture", f"mixture, α = {args.alpha}").replace("optimum", "mixture, best α")
+            axes.loglog(columns["n_agents"], columns[name], "o-", ms=3, label=f"{label}: N^{slopes[name][0]:.2f}")
+        axes.set(xlabel="agents N", title=f"one agent's gradient: {title}")
+        axes.legend(fontsize=8)
+    figure.savefig(ROOT / "benchmark" / "variance.svg", bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

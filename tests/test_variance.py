@@ -1,0 +1,25 @@
+"""The noise of one agent's gradient: the shared return's grows like N, the guidance's does not grow."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def test_noise_of_the_return_grows_with_n_and_of_the_guidance_does_not(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    runs, variance = pytest.importorskip("runs"), pytest.importorskip("variance")
+    sizes = (12, 48, 144)
+    rows = [variance.measure(n, scenarios=2, samples=64, rounds=20, alpha=0.5) for n in sizes]
+    slopes = {name: runs.slope(np.array(sizes), np.array([row[name] for row in rows]))[0] for name in rows[0] if name != "n_agents"}
+    assert 0.75 < slopes["return_variance"] < 1.25
+    assert 0.6 < slopes["return_noise"] < 1.5
+    assert abs(slopes["guidance_variance"]) < 0.25
+    assert abs(slopes["guidance_noise"]) < 0.3
+    assert slopes["mixture_variance"] > 0.6  # at a fixed α the return's noise is still there
+    assert abs(slopes["optimum_variance"]) < 0.3  # at the best α it is not
+    for row in rows:
+        assert row["alpha_star"] == pytest.approx(row["alpha_measured"], abs=0.1)
+        assert row["guidance_own_action_baseline_noise"] < row["guidance_noise"]
