@@ -79,7 +79,7 @@ class Args:
     """minibatches per epoch, each of T E / num_minibatches states"""
     minibatch_agents: int = 50
     """agents that a minibatch draws to train their shared actor (one actor per agent: always all)"""
-    update_epochs: int = 10
+    update_epochs: int = 20
     """epochs per update"""
     norm_adv: bool = True
     """if toggled, advantages are standardised over the batch"""
@@ -190,10 +190,12 @@ def load_actor(path, actor):
 def load_checkpoint(folder):
     """What `train` saved after an update, and its `Args`. Raises ValueError, naming the option, if it is not whole."""
     try:
-        with zipfile.ZipFile(f"{folder}/checkpoint.pt") as file:  # torch does not compare the checksums that it writes
-            assert file.testzip() is None, "its checksum is wrong"
+        with zipfile.ZipFile(f"{folder}/checkpoint.pt") as file:
+            if file.testzip():  # torch does not compare the checksums that it writes
+                raise ValueError("its checksum is wrong")
         checkpoint = torch.load(f"{folder}/checkpoint.pt", weights_only=True, map_location="cpu")
-        assert checkpoint["script"] == os.path.basename(__file__), f"it belongs to {checkpoint['script']}"
+        if checkpoint["script"] != os.path.basename(__file__):
+            raise ValueError(f"it belongs to {checkpoint['script']}")
         return checkpoint, Args(**checkpoint["args"])
     except Exception as error:
         raise ValueError(f"resume {folder}: no checkpoint to go on with: {' '.join(str(error).split())}") from None
@@ -248,6 +250,7 @@ def train(args):
         torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
         start, references, result, train_seconds = (checkpoint[name] for name in ("episode", "references", "result", "train_seconds"))
         writer = SummaryWriter(folder, purge_step=start + 1)  # what was logged after the checkpoint is logged again
+        train.folder = folder
     else:
         print(f"{args.exp_name}: {N} agents, {env.n_servers} servers, {K} in reach, on {device}; running the reference policies", flush=True)
         references = {"best_fit": best_fit, "best_fit_global": best_fit_global, "random": random_policy}
@@ -274,7 +277,7 @@ def train(args):
         torch.save(checkpoint, data)
         pathlib.Path(f"{folder}/checkpoint.new").write_bytes(data.getvalue())
         os.replace(f"{folder}/checkpoint.new", f"{folder}/checkpoint.pt")
-        train.folder = folder  # an interruption can be resumed
+        train.folder = folder  # the command line names it on Ctrl-C
 
     def evaluation(episode):
         """Evaluate the actor on the held-out scenarios, log it under `episode` and print a line."""
@@ -342,11 +345,11 @@ def train(args):
         b_targets = ((returns - mean) / std).reshape(-1, B)
         b_advantages = standardise(advantages, args.norm_adv).reshape(-1, B).expand(N, B)
 
-        # update: minibatches of states, each with all its agents
+        # update: minibatches of states, each with the same number of agents, drawn anew
         losses = []
         for _ in range(args.update_epochs):
             for index in torch.randperm(B, device=device).tensor_split(args.num_minibatches):
-                who = torch.randperm(N, device=device)[: args.minibatch_agents if actor.copies == 1 else N, None]
+                who = torch.randperm(N, device=device)[: args.minibatch_agents if actor.copies == 1 else N, None]  # [A, 1]
                 dist = Categorical(logits=actor(b_obs[who, index]))
                 logratio = dist.log_prob(b_actions[who, index]) - b_logprobs[who, index]
                 ratio = logratio.exp()

@@ -50,7 +50,7 @@ def run(script, n_agents, seed, options):
     common = dict(script=script, n_agents=n_agents, seed=seed, options=options, best_fit=final["best_fit"], random=final["random"])
     common.update(seconds=f"{time.time() - start:.1f}", peak_mib=usage.ru_maxrss // 1024)
     table = [line.split() for line in lines if line.split()[0].isdigit()]
-    return [{**common, **dict(zip(("episode", "return", "score", "cost_ratio"), row))} for row in table]
+    return [{**common, **dict(zip(("episode", "return", "score", "cost_ratio", "sps"), row))} for row in table]
 
 
 def sweep(name, jobs, workers):
@@ -67,7 +67,7 @@ def sweep(name, jobs, workers):
             rows = future.result()
             new = not path.exists()
             with path.open("a", newline="") as file:
-                writer = csv.DictWriter(file, FIELDS)
+                writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")  # speed depends on what else runs
                 if new:
                     writer.writeheader()
                 writer.writerows(rows)

@@ -21,13 +21,12 @@ class Args:
     """seeds above that"""
     workers: int = 2
     """runs side by side, one thread each"""
-    options: str = "--eval-every 1"
-    """what every run gets besides N and seed"""
 
 
 def main(args):
-    jobs = [("dgpg.py", n, seed, args.options) for n in SIZES for seed in range(1, 1 + (args.seeds if n <= 200 else args.seeds_large))]
-    rows = sweep("scaling", jobs, args.workers)
+    many = [("dgpg.py", n, seed, "--eval-every 1") for n in SIZES if n <= 200 for seed in range(1, args.seeds + 1)]
+    large = [("dgpg.py", n, seed, "--eval-every 2") for n in SIZES if n > 200 for seed in range(1, args.seeds_large + 1)]
+    rows = sweep("scaling", many + large, args.workers)
     ends = {(row["n_agents"], row["seed"]): row for row in rows}
     print("| N | episodes until Best-Fit | cost ratio after 10 | 20 | seconds | peak MiB |\n|---|---|---|---|---|---|")
     points = []
