@@ -1,8 +1,9 @@
 """Where the time goes: environment, policy, update, evaluation; the update beside its matrix products alone; other MAPPOs' setting.
 
-One thread. Times are medians; run it on a machine that does nothing else. Prints tables.
+One thread, so that CPU seconds, which other work on the machine disturbs less, are those of the clock. Medians. Prints tables.
 """
 
+import contextlib
 import os
 import tempfile
 import time
@@ -30,52 +31,38 @@ class Args:
 
 
 def phases(n_agents, episodes):
-    """Seconds per episode of DG-PG in rollout, guidance and advantages, and update, by the calls that begin and end them."""
+    """CPU seconds per episode of DG-PG: rollout, advantages and guidance, update (with logging and the checkpoint).
+
+    Told apart by the calls that begin them: `reset` of the one training environment, `gae`, and the end of `guided_advantage`.
+    """
     marks = []
-
-    def marked(name, function, before=True):
-        def call(*args, **options):
-            if before:
-                marks.append((name, time.perf_counter()))
-            result = function(*args, **options)
-            if not before:
-                marks.append((name, time.perf_counter()))
-            return result
-
-        return call
-
-    kept = dgpg.gae, dgpg.guided_advantage, dgpg.evaluate, torch.stack
-    here = os.getcwd()
-    stack_calls = {"n": 0}
-
-    def stack(parts, *args, **options):  # the first large stack after an update is that of its losses
-        if len(parts) == 80 and parts[0].ndim == 1:
-            marks.append(("logs", time.perf_counter()))
-        return kept[3](parts, *args, **options)
-
-    reset = CloudEnv.reset
+    reset, gae, guided, evaluation = CloudEnv.reset, dgpg.gae, dgpg.guided_advantage, dgpg.evaluate
 
     def marked_reset(self, seed=None, options=None):
-        if self.num_envs == 1 and seed:
-            marks.append(("rollout", time.perf_counter()))
+        if seed:  # not the one for the shapes
+            marks.append(("rollout", time.process_time()))
         return reset(self, seed, options)
 
-    dgpg.gae, torch.stack, CloudEnv.reset = marked("advantages", dgpg.gae), stack, marked_reset
-    dgpg.guided_advantage = marked("update", dgpg.guided_advantage, before=False)
+    def marked_gae(*args):
+        marks.append(("advantages", time.process_time()))
+        return gae(*args)
+
+    def marked_guided(*args):
+        result = guided(*args)
+        marks.append(("update", time.process_time()))
+        return result
+
+    CloudEnv.reset, dgpg.gae, dgpg.guided_advantage = marked_reset, marked_gae, marked_guided
     dgpg.evaluate = lambda env, policy, seed, scenarios: (np.zeros(1), np.zeros((env.rounds, env.n_servers, 2)))
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            os.chdir(folder)
-            dgpg.train(dgpg.Args(n_agents=n_agents, episodes=episodes, eval_every=episodes))
-    finally:
-        dgpg.gae, dgpg.guided_advantage, dgpg.evaluate, torch.stack = kept
-        CloudEnv.reset = reset
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        os.chdir(folder)
+        dgpg.train(dgpg.Args(n_agents=n_agents, episodes=episodes + 1, eval_every=episodes + 1))
         os.chdir(here)
-    del stack_calls
+    CloudEnv.reset, dgpg.gae, dgpg.guided_advantage, dgpg.evaluate = reset, gae, guided, evaluation
     spent = {}
-    for (name, begin), (_, end) in zip(marks, marks[1:]):
-        if name != "logs":
-            spent.setdefault(name, []).append(end - begin)
+    for (name, begin), (_, end) in zip(marks, marks[1:]):  # the last update has no end: it holds the final evaluation
+        spent.setdefault(name, []).append(end - begin)
     return {name: np.median(seconds[1:]) for name, seconds in spent.items()}
 
 
@@ -84,13 +71,13 @@ def products(rows, sizes):
     pairs = [(torch.randn(rows, a), torch.randn(a, b), torch.randn(rows, b)) for a, b in zip(sizes, sizes[1:])]
     times = []
     for _ in range(30):
-        start = time.perf_counter()
+        start = time.process_time()
         for layer, (x, weight, gradient) in enumerate(pairs):
             x @ weight
             x.T @ gradient
             if layer:
                 gradient @ weight.T
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return np.median(times)
 
 
@@ -101,9 +88,9 @@ def main(args):
     for n in args.sizes:
         env, times = CloudEnv(1, n), []
         for repeat in range(args.episodes):
-            start = time.perf_counter()
+            start = time.process_time()
             evaluate(env, random_policy, repeat)
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
         steps, spent, options = n * env.rounds, phases(n, args.episodes), dgpg.Args()
         states = env.rounds // options.num_minibatches
         alone = products(min(n, options.minibatch_agents) * states * env.reach.shape[1], [OBS_FEATURES, 32, 32, 1])
@@ -127,9 +114,9 @@ def main(args):
 
         seconds = []
         for chosen in (policy, best_fit):
-            start = time.perf_counter()
+            start = time.process_time()
             evaluate(env, chosen, EVAL_SEED, 40)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
         row = run("dgpg.py", n, 1, "" if n <= 1500 else "--episodes 2 --eval-every 2")[-1]
         print(
             f"| {n} | {seconds[0]:.1f} | {seconds[1]:.1f} | {row['seconds']} | {row['peak_mib']} | {sum(seconds) / float(row['seconds']):.0%} |",

@@ -313,3 +313,12 @@ def test_bad_traces_are_refused_by_line_and_column(tmp_path, text, message):
 def test_arguments_out_of_range(name):
     with pytest.raises(ValueError, match=name):
         CloudEnv(**{"num_envs": 1, "n_agents": 3, name: 0})
+
+
+def test_evaluation_in_parts_is_evaluation_at_once():
+    returns, excess = evaluate(CloudEnv(6, 4, rounds=8, load=5.0), best_fit, 77)
+    returns_in_parts, excess_in_parts = evaluate(CloudEnv(2, 4, rounds=8, load=5.0), best_fit, 77, scenarios=6)
+    assert np.allclose(returns_in_parts, returns, rtol=1e-12) and len(set(returns)) == 6
+    assert np.allclose(excess_in_parts, excess, rtol=1e-12)
+    with pytest.raises(AssertionError):
+        evaluate(CloudEnv(4, 4, rounds=8), best_fit, 77, scenarios=6)

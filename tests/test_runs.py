@@ -117,6 +117,28 @@ def test_killed_at_any_moment_and_resumed_ends_as_if_never_killed(tmp_path, scri
     assert logged(folder) == logged(tmp_path / "whole")
 
 
+def test_resumed_from_any_checkpoint_ends_the_same_and_logs_nothing_twice(tmp_path, monkeypatch):
+    """As if the run had been killed right before the next checkpoint: with all of the later events in the file already."""
+    checkpoints, replace = [], os.replace
+
+    def keep(source, target):
+        checkpoints.append(pathlib.Path(source).read_bytes())
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", keep)
+    result = train(Args(**SMALL, episodes=6, eval_every=2))
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    run, end, log = only_run(tmp_path), state(tmp_path), logged(tmp_path)
+    assert len(checkpoints) == 7  # the one before the first update, too
+    for checkpoint in checkpoints[::2]:
+        time.sleep(1 - time.time() % 1)  # event files are ordered by the second that they were begun in
+        (run / "checkpoint.pt").write_bytes(checkpoint)
+        assert train(Args(resume=str(run))) == result
+        assert same(state(tmp_path), end)
+        assert logged(tmp_path) == log
+
+
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     options = flags(**SMALL, episodes=10**6, eval_every=10**6)
     process = start(tmp_path, "dgpg.py", *options)
@@ -179,9 +201,12 @@ def test_what_cannot_be_resumed(tmp_path, capsys):
     assert "give no other" in resume(run, capsys, seed=2)
     with pytest.raises(ValueError, match="belongs to dgpg.py"):
         mappo.train(mappo.Args(resume=str(run)))
-    with pytest.raises(ValueError, match="belongs to dgpg.py"):
-        ippo.train(ippo.Args(resume=str(run)))
     assert contents(tmp_path) == before
+    mappo.train(mappo.Args(**SMALL, num_envs=1, episodes=1))  # the same parts in the same shapes as DG-PG's and IPPO's actor
+    (other,) = (path for path in (tmp_path / "runs").iterdir() if path != run)
+    for script in (dgpg, ippo):
+        with pytest.raises(ValueError, match="belongs to mappo.py"):
+            script.train(script.Args(resume=str(other)))
 
 
 def test_a_finished_run_resumes_to_its_last_line(tmp_path, capsys):
