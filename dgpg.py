@@ -344,9 +344,7 @@ def train(args):
     states = torch.zeros((T + 1, *critic_input(*env.reset(seed=0)).shape), device=device)
     # storage of the guidance
     reach, capacity = torch.as_tensor(env.reach, device=device), tensor(env.capacity)
-    x = torch.zeros((T, E, env.n_servers, 2), device=device)
-    demand = torch.zeros((T, E, N, 2), device=device)
-    load = torch.zeros((T, E, 2), device=device)
+    x, demand, load = (torch.zeros((T, E, *shape), device=device) for shape in ((env.n_servers, 2), (N, 2), (2,)))
     probs = torch.zeros((N, T, E, K), device=device)
 
     for episode in range(start + E, args.episodes + 1, E):  # one update takes an episode of every environment

@@ -79,7 +79,7 @@ class Args:
     """minibatches per epoch, each of T E / num_minibatches states"""
     minibatch_agents: int = 50
     """agents that a minibatch draws to train their shared actor (one actor per agent: always all)"""
-    update_epochs: int = 20
+    update_epochs: int = 10
     """epochs per update"""
     norm_adv: bool = True
     """if toggled, advantages are standardised over the batch"""

@@ -92,9 +92,9 @@ def curves(rows):
     return {key: {seed: np.array(points).T for seed, points in seeds.items()} for key, seeds in found.items()}
 
 
-def reached(episodes, ratios):
-    """Episodes at the first evaluation from which on all are at or above Best-Fit (cost ratio ≤ 1); NaN if there is none."""
-    below = np.logical_and.accumulate(ratios[::-1] <= 1)[::-1]
+def reached(episodes, ratios, stays=True):
+    """Episodes at the first evaluation at or above Best-Fit (cost ratio ≤ 1), from which on all are if it `stays`; NaN: never."""
+    below = np.logical_and.accumulate(ratios[::-1] <= 1)[::-1] if stays else ratios <= 1
     return episodes[below.argmax()] if below.any() else np.nan
 
 

@@ -26,9 +26,9 @@ TERMS = ("return", "guidance", "guidance_own_action_baseline")
 class Args:
     sizes: tuple[int, ...] = (12, 24, 48, 96, 192, 384, 768, 1536)
     """numbers of agents, multiples of 12: every type of server equally often"""
-    scenarios: int = 4
+    scenarios: int = 3
     """scenarios, each held fixed for all its samples"""
-    samples: int = 96
+    samples: int = 64
     """samples of all agents' actions for one scenario"""
     rounds: int = 20
     """rounds of one sample"""

@@ -13,6 +13,7 @@ def test_summaries_by_hand(monkeypatch):
     runs = pytest.importorskip("runs")
     episodes = np.array([1, 2, 3, 4, 5])
     assert runs.reached(episodes, np.array([2, 0.9, 1.1, 1.0, 0.8])) == 4  # the dip at 2 did not last
+    assert runs.reached(episodes, np.array([2, 0.9, 1.1, 1.0, 0.8]), stays=False) == 2
     assert runs.reached(episodes, np.array([0.5, 0.9, 0.9, 0.9, 0.9])) == 1
     assert np.isnan(runs.reached(episodes, np.array([2, 0.9, 0.9, 0.9, 1.1])))
     assert runs.interval([1, 2, 3]) == pytest.approx((2, 4.30 / 3**0.5))
