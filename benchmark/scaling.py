@@ -50,7 +50,8 @@ def main(args):
     print(f"slope of log(episodes until Best-Fit) over log(N): {beta:.3f} ± {error:.3f} (standard error, {len(points)} runs)")
     axes.axhline(1, color="black", lw=0.8, ls=":")
     axes.text(20, 1.03, "Best-Fit", ha="right", va="bottom")
-    axes.set(yscale="log", xlabel="episodes", ylabel="cost ratio R / R_best_fit", title="DG-PG: geometric mean over seeds", xlim=(1, 20))
+    axes.set(yscale="log", xlabel="episodes", ylabel="cost ratio R / R_best_fit", title="DG-PG: geometric mean over seeds", xlim=(0, 20))
+    axes.set_xticks(range(0, 21, 5))
     axes.legend(ncols=2, fontsize=8)
     figure.savefig(ROOT / "benchmark" / "scaling.svg", bbox_inches="tight")
 

@@ -77,11 +77,11 @@ def gradients(n_agents, samples, rounds, seed, gamma=0.97):
 def measure(n_agents, scenarios, samples, rounds, alpha):
     """Means over agents and scenarios of a gradient's variance V (trace of its covariance), squared signal and the like.
 
-    Returns {"return_variance", "return_noise", …: noise-to-signal V/‖mean‖² with the mean's own noise V/S taken out, and of the
-    mixture (1−α) return + α guidance: "covariance", "mixture_variance" at the given α, "alpha_star" = V_J/(V_J + V_G),
+    Returns {"return_variance", "return_noise", …: noise-to-signal V/‖mean‖² with the mean's own noise V/S taken out, NaN where
+    ‖mean‖² is not at least two standard errors (over agents and scenarios) above zero; and of the mixture (1−α) return + α guidance: "covariance", "mixture_variance" at the given α, "alpha_star" = V_J/(V_J + V_G),
     "alpha_measured" (of a grid of step 0.001 the one with the least variance), "optimum_variance" there}.
     """
-    variance, signal, covariance = np.zeros(3), np.zeros(3), 0.0
+    variance, signals, covariance = np.zeros(3), [], 0.0
     for scenario in range(scenarios):
         total = square = cross = 0.0
         for sample in gradients(n_agents, samples, rounds, seed=1000 + scenario):
@@ -91,12 +91,15 @@ def measure(n_agents, scenarios, samples, rounds, alpha):
         mean = total / samples
         v = (square / samples - mean**2) * samples / (samples - 1)  # [3, N, P]
         variance += v.sum(2).mean(1).numpy() / scenarios
-        signal += (mean**2 - v / samples).sum(2).mean(1).numpy() / scenarios
+        signals.append((mean**2 - v / samples).sum(2).numpy())
         covariance += ((cross / samples - mean[0] * mean[1]) * samples / (samples - 1)).sum(1).mean().item() / scenarios
 
     def mixture(a):
         return (1 - a) ** 2 * variance[0] + a**2 * variance[1] + 2 * a * (1 - a) * covariance
 
+    signals = np.concatenate(signals, 1)  # [3, scenarios N]
+    signal, error = signals.mean(1), signals.std(1) / signals.shape[1] ** 0.5
+    signal[signal < 2 * error] = np.nan
     grid = np.linspace(0, 1, 1001)
     row = {"n_agents": n_agents}
     for term, v, s in zip(TERMS, variance, signal):
@@ -125,9 +128,10 @@ def main(args):
     shown = [f"{term}_{kind}" for term in TERMS for kind in ("variance", "noise")] + ["mixture_variance", "optimum_variance"]
     print("| N | " + " | ".join(shown) + " | α* | α measured |\n" + "|---" * (len(shown) + 3) + "|")
     for row in rows:
-        figures = [f"{row[name]:.3g}" for name in shown]
+        figures = ["unknown" if np.isnan(row[name]) else f"{row[name]:.3g}" for name in shown]
         print(f"| {row['n_agents']:.0f} | " + " | ".join(figures) + f" | {row['alpha_star']:.4f} | {row['alpha_measured']:.3f} |")
-    slopes = {name: slope(columns["n_agents"], columns[name].clip(1e-12)) for name in shown}
+    known = {name: ~np.isnan(columns[name]) for name in shown}
+    slopes = {name: slope(columns["n_agents"][known[name]], columns[name][known[name]]) for name in shown}
     print("| slope | " + " | ".join(f"{beta:.2f} ± {error:.2f}" for beta, error in slopes.values()) + " | | |")
 
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6))
