@@ -390,7 +390,8 @@ def train(args):
         losses = []
         for _ in range(args.update_epochs):
             for index in torch.randperm(B, device=device).tensor_split(args.num_minibatches):
-                who = torch.randperm(N, device=device)[: args.minibatch_agents if actor.copies == 1 else N, None]  # [A, 1]
+                drawn = torch.randperm(N, device=device)[: args.minibatch_agents]
+                who = (drawn if args.share_parameters else torch.arange(N, device=device)).unsqueeze(1)  # own actors: all, in order
                 dist = Categorical(logits=actor(b_obs[who, index]))
                 logratio = dist.log_prob(b_actions[who, index]) - b_logprobs[who, index]
                 ratio = logratio.exp()

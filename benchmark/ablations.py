@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import tyro
 from altered import VARIANTS
-from runs import curves, interval, sweep
+from runs import RESULTS, curves, interval, read, sweep
 
 CHANGES = [
     "",
@@ -24,6 +24,8 @@ class Args:
     """seeds at N = 50 and at N = 200"""
     workers: int = 2
     """runs side by side, one thread each"""
+    only_show: bool = False
+    """only the table, of the runs that are there"""
 
 
 def main(args):
@@ -34,7 +36,7 @@ def main(args):
         for change in changes[n]
         for seed in range(1, seeds + 1)
     ]
-    rows = sweep("ablations", jobs, args.workers)
+    rows = read(RESULTS / "ablations.csv") if args.only_show else sweep("ablations", jobs, args.workers)
     best_fit = {(row["n_agents"], row["options"]): row["best_fit"] for row in rows}
     found = {(n, options): seeds for (_, n, options), seeds in curves(rows).items()}
     print("| N | change | cost ratio after 10 episodes | 20 | Best-Fit's return |\n|---|---|---|---|---|")

@@ -60,7 +60,7 @@ def main(args):
         n, episodes, budget = np.array(group).T
         there = ~np.isnan(episodes)
         label = f"{name}, {actor}"
-        if len(set(n[there])) > 1:
+        if len(set(n[there])) > 2:
             beta, error = slope(n[there], episodes[there])
             label += f": N^{beta:.2f} ± {error:.2f}"
             print(f"{label} (standard error, {there.sum()} runs that got there, {(~there).sum()} that did not)")

@@ -83,7 +83,39 @@ def products(rows, sizes):
 
 def main(args):
     torch.set_num_threads(1)
-    print("| N | environment only, agent-steps/s | rollout | training | s per episode: rollout | advantages | update | products alone | update / products |")
+    # whole commands first: the memory of a process counts that of the one that started it
+    if args.peers:
+        print("mappo.py, 10 environments x 100 rounds an update, 10 epochs x 1 minibatch of all states, two hidden layers of 64, one thread")
+        print("| N | agents in a minibatch | agent-steps/s | peak MiB | fastest peer | ratio |\n|---|---|---|---|---|---|")
+        setting = "--num-envs 10 --hidden 64 --num-minibatches 1 --update-epochs 10 --episodes 40 --eval-every 40"
+        for n, (speed, peer) in PEERS.items():
+            for agents in sorted({n, min(n, dgpg.Args().minibatch_agents)}):
+                row = run("mappo.py", n, 1, f"{setting} --minibatch-agents {agents}")[-1]
+                print(f"| {n} | {agents} | {row['sps']} | {row['peak_mib']} | {peer} {speed:,} | {float(row['sps']) / speed:.2f} |", flush=True)
+        print()
+
+    print("| N | evaluation of 40 scenarios, s | Best-Fit on them, s | default run, s | peak MiB | evaluation and Best-Fit / run |\n|---|---|---|---|---|---|")
+    for n in (size for size in args.sizes if size <= 1000):  # above, evaluation takes longer than training
+        row = run("dgpg.py", n, 1, "")[-1]
+        env = CloudEnv(40, n)
+        actor = dgpg.MLP(1, OBS_FEATURES, 32, 0.01)
+
+        def policy(env, obs):
+            with torch.inference_mode():
+                actions = torch.distributions.Categorical(logits=actor(torch.as_tensor(obs).transpose(0, 1))).sample()
+            return env.reach[np.arange(env.n_agents), actions.T.numpy()]
+
+        seconds = []
+        for chosen in (policy, best_fit):
+            start = time.process_time()
+            evaluate(env, chosen, EVAL_SEED, 40)
+            seconds.append(time.process_time() - start)
+        print(
+            f"| {n} | {seconds[0]:.1f} | {seconds[1]:.1f} | {row['seconds']} | {row['peak_mib']} | {sum(seconds) / float(row['seconds']):.0%} |",
+            flush=True,
+        )
+
+    print("\n| N | environment only, agent-steps/s | rollout | training | s per episode: rollout | advantages | update | products alone | update / products |")
     print("|---|---|---|---|---|---|---|---|---|")
     for n in args.sizes:
         env, times = CloudEnv(1, n), []
@@ -101,36 +133,6 @@ def main(args):
             f"| {spent['rollout']:.3f} | {spent['advantages']:.3f} | {spent['update']:.3f} | {alone:.3f} | {spent['update'] / alone:.2f} |",
             flush=True,
         )
-
-    print("\n| N | evaluation of 40 scenarios, s | Best-Fit on them, s | default run, s | peak MiB | evaluation and Best-Fit / run |\n|---|---|---|---|---|---|")
-    for n in args.sizes:
-        env = CloudEnv(40 if n <= 1000 else 4, n)
-        actor = dgpg.MLP(1, OBS_FEATURES, 32, 0.01)
-
-        def policy(env, obs):
-            with torch.inference_mode():
-                actions = torch.distributions.Categorical(logits=actor(torch.as_tensor(obs).transpose(0, 1))).sample()
-            return env.reach[np.arange(env.n_agents), actions.T.numpy()]
-
-        seconds = []
-        for chosen in (policy, best_fit):
-            start = time.process_time()
-            evaluate(env, chosen, EVAL_SEED, 40)
-            seconds.append(time.process_time() - start)
-        row = run("dgpg.py", n, 1, "" if n <= 1500 else "--episodes 2 --eval-every 2")[-1]
-        print(
-            f"| {n} | {seconds[0]:.1f} | {seconds[1]:.1f} | {row['seconds']} | {row['peak_mib']} | {sum(seconds) / float(row['seconds']):.0%} |",
-            flush=True,
-        )
-
-    if args.peers:
-        print("\nmappo.py, 10 environments x 100 rounds an update, 10 epochs x 1 minibatch of all states, two hidden layers of 64, one thread")
-        print("| N | agents in a minibatch | agent-steps/s | peak MiB | fastest peer | ratio |\n|---|---|---|---|---|---|")
-        setting = "--num-envs 10 --hidden 64 --num-minibatches 1 --update-epochs 10 --episodes 60 --eval-every 60"
-        for n, (speed, peer) in PEERS.items():
-            for agents in sorted({n, min(n, dgpg.Args().minibatch_agents)}):
-                row = run("mappo.py", n, 1, f"{setting} --minibatch-agents {agents}")[-1]
-                print(f"| {n} | {agents} | {row['sps']} | {row['peak_mib']} | {peer} {speed:,} | {float(row['sps']) / speed:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

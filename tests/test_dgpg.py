@@ -136,18 +136,19 @@ def test_stacked_networks_are_separate_networks():
 @pytest.mark.parametrize("share_parameters, minibatch_agents", [(True, 50), (True, 2), (False, 2)])
 def test_first_minibatch_has_ratio_one_and_its_own_advantages(monkeypatch, share_parameters, minibatch_agents):
     """With one epoch of one minibatch, the only ratio is that of the policy that acted, to itself: here a decided one."""
-    torch.save({"actor": MLP(1 if share_parameters else 3, 7, 32, 3.0).state_dict()}, "decided.pt")
+    torch.save({"actor": MLP(1 if share_parameters else 9, 7, 32, 3.0).state_dict()}, "decided.pt")
     drawn, guided, used, randperm = [], [], [], torch.randperm
     monkeypatch.setattr(torch, "randperm", lambda n, **options: drawn.append(randperm(n, **options)) or drawn[-1])
     monkeypatch.setattr(dgpg, "guided_advantage", lambda *args: guided.append(guided_advantage(*args)) or guided[-1])
     monkeypatch.setattr(dgpg, "clipped_policy_loss", lambda *args: used.append(args) or clipped_policy_loss(*args))
-    options = dict(num_envs=2, update_epochs=1, num_minibatches=1, share_parameters=share_parameters, minibatch_agents=minibatch_agents)
+    options = dict(n_agents=9, num_envs=2, update_epochs=1, num_minibatches=1, share_parameters=share_parameters, minibatch_agents=minibatch_agents)
     train(Args(**{**TINY, **options}, init_actor="decided.pt"))
     ((advantages, ratio, _),) = used
-    assert ratio.shape == (2 if (share_parameters and minibatch_agents == 2) else 3, 20)
+    assert ratio.shape == (2 if (share_parameters and minibatch_agents == 2) else 9, 20)
     assert torch.allclose(ratio, torch.ones(()), atol=1e-5)
     states, agents = drawn
-    assert torch.equal(advantages, guided[0][0][agents[: len(ratio)]][:, states])
+    agents = agents[: len(ratio)] if share_parameters else torch.arange(9)
+    assert torch.equal(advantages, guided[0][0][agents][:, states])
     logged = scalars()
     assert [value for _, value in logged["losses/approx_kl"]] == pytest.approx([0], abs=1e-6)
     assert [value for _, value in logged["losses/clipfrac"]] == [0]
