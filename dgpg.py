@@ -7,12 +7,14 @@ Letters in shapes: N agents, E environments, T rounds, B = T E states, M servers
 """
 
 import contextlib
+import ctypes
 import functools
 import io
 import itertools
 import math
 import os
 import pathlib
+import platform
 import sys
 import threading
 import time
@@ -142,9 +144,10 @@ class MLP(nn.Module):
         """x: [N, ..., inputs], N = copies, or any N for one copy. Returns [N, ...]."""
         assert self.copies in (1, x.shape[0]), (self.copies, x.shape)
         h = x.reshape(self.copies, -1, x.shape[-1])
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
-            h = torch.baddbmm(bias, h, weight).relu_()
-        return torch.baddbmm(self.biases[-1], h, self.weights[-1]).reshape(x.shape[:-1])
+        *layers, (weight, bias) = zip(self.weights, self.biases)
+        for hidden_weight, hidden_bias in layers:
+            h = torch.baddbmm(hidden_bias, h, hidden_weight).relu_()
+        return torch.baddbmm(bias, h, weight).reshape(x.shape[:-1])
 
 
 class ValueNorm(nn.Module):
@@ -244,6 +247,9 @@ def train(args):
     Distribution.set_default_validate_args(False)  # its checks take as long as the sampling
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(1)  # the matrices are small: a second thread costs more than it brings
+    if platform.libc_ver()[0] == "glibc":  # keep freed memory: to fault it in again takes a third of an update
+        for option, size in ((M_TRIM_THRESHOLD := -1, 2**30), (M_MMAP_THRESHOLD := -3, 2**25)):
+            ctypes.CDLL(None).mallopt(option, size)
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
     trace = load_trace(args.trace) if args.trace else None

@@ -12,15 +12,26 @@ import tyro
 from runs import RESULTS, ROOT, curves, reached, read, slope, sweep
 
 SHARED, OWN = "", "--no-share-parameters"
-# script, options, {N: (episodes, seeds)}
+# script, options, N, episodes, seeds; the runs of most use first
 PLAN = [
-    ("mappo.py", SHARED, {2: (640, 3), 5: (1600, 3), 10: (2400, 3), 50: (504, 1), 200: (504, 1)}),
-    ("ippo.py", SHARED, {2: (640, 3), 5: (1600, 3)}),
-    ("mappo.py", OWN, {2: (1600, 3), 5: (1600, 2)}),
-    ("ippo.py", SHARED, {50: (504, 1), 200: (504, 1), 10: (2400, 1)}),
-    ("mappo.py", OWN, {50: (504, 1), 200: (504, 1)}),
-    ("ippo.py", OWN, {2: (1600, 1), 5: (1600, 1), 50: (504, 1), 200: (504, 1)}),
-    ("mappo.py", SHARED, {20: (4000, 1)}),
+    *((script, SHARED, n, episodes, (1, 2, 3)) for script in ("mappo.py", "ippo.py") for n, episodes in ((2, 640), (5, 1600))),
+    ("mappo.py", SHARED, 50, 10_000, (1,)),
+    *((script, options, 10, 4000, (1,)) for options in (SHARED, OWN) for script in ("mappo.py", "ippo.py")),
+    *((script, options, 200, 504, (1,)) for options in (SHARED, OWN) for script in ("mappo.py", "ippo.py")),
+    ("ippo.py", SHARED, 50, 4000, (1,)),
+    *((script, OWN, n, 1600, (1, 2, 3)) for n in (2, 5) for script in ("mappo.py", "ippo.py")),
+    *((script, OWN, 50, 504, (1,)) for script in ("mappo.py", "ippo.py")),
+    ("mappo.py", SHARED, 20, 4000, (1, 2, 3)),
+    *((script, SHARED, 200, 504, (2, 3)) for script in ("mappo.py", "ippo.py")),
+    *((script, SHARED, 10, 4000, (2, 3)) for script in ("mappo.py", "ippo.py")),
+    ("mappo.py", SHARED, 50, 4000, (2, 3)),
+    *((script, OWN, 50, 504, (2, 3)) for script in ("mappo.py", "ippo.py")),
+    ("ippo.py", SHARED, 50, 504, (2, 3)),
+    *((script, OWN, 10, 4000, (2, 3)) for script in ("mappo.py", "ippo.py")),
+    *((script, OWN, 200, 504, (2, 3)) for script in ("mappo.py", "ippo.py")),
+    *((script, OWN, 50, 4000, (1,)) for script in ("mappo.py", "ippo.py")),
+    ("ippo.py", SHARED, 20, 4000, (1, 2, 3)),
+    ("ippo.py", SHARED, 50, 4000, (2, 3)),
 ]
 
 
@@ -35,25 +46,31 @@ class Args:
 def main(args):
     jobs = [
         (script, n, seed, f"--episodes {episodes} --eval-every 80 {options}".strip())
-        for script, options, sizes in PLAN
-        for n, (episodes, seeds) in sizes.items()
-        for seed in range(1, seeds + 1)
+        for script, options, n, episodes, seeds in PLAN
+        for seed in seeds
     ]
     if not args.only_show:
         sweep("baselines", jobs, args.workers)
-    print("| algorithm | actor | N | first at Best-Fit | stays there from | last cost ratio | after episodes |\n|---|---|---|---|---|---|---|")
-    points = {}
+    longest = {}  # (script, actor, N): {seed: its curve of most episodes}
     found = curves(read(RESULTS / "baselines.csv") + read(RESULTS / "scaling.csv"))
-    for (script, n, options), seeds in sorted(found.items(), key=lambda item: (item[0][0], OWN in item[0][2], item[0][1])):
-        first, stays = ([reached(*curve, stays=stays) for curve in seeds.values()] for stays in (False, True))
-        group = points.setdefault((script[: -len(".py")], "one per agent" if OWN in options else "shared"), [])
-        group += [(n, episodes, curve[0][-1]) for episodes, curve in zip(first, seeds.values())]
-        if script != "dgpg.py":
-            shown = [", ".join("never" if np.isnan(e) else f"{e:.0f}" for e in group) for group in (first, stays)]
-            last = ", ".join(f"{ratios[-1]:.2f}" for _, ratios in seeds.values())
-            budget = max(episodes[-1] for episodes, _ in seeds.values())
-            actor = "one per agent" if OWN in options else "shared"
-            print(f"| {script[: -len('.py')].upper()} | {actor} | {n} | {shown[0]} | {shown[1]} | {last} | {budget:.0f} |")
+    for (script, n, options), seeds in found.items():
+        known = longest.setdefault((script[: -len(".py")], "one per agent" if OWN in options else "shared", n), {})
+        for seed, curve in seeds.items():
+            known[seed] = max(known.get(seed, curve), curve, key=lambda curve: curve[0][-1])
+
+    columns = ("algorithm", "actor", "N", "first at Best-Fit", "stays there from", "cost ratio after 480 episodes", "at the end", "after")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    points = {}
+    for (name, actor, n), seeds in sorted(longest.items(), key=lambda item: (item[0][0], item[0][1] != "shared", item[0][2])):
+        seeds = [seeds[seed] for seed in sorted(seeds)]
+        first, stays = ([reached(*curve, stays=stays) for curve in seeds] for stays in (False, True))
+        budgets = [episodes[-1] for episodes, _ in seeds]
+        points.setdefault((name, actor), []).extend(zip([n] * len(seeds), first, budgets))
+        if name != "dgpg":
+            reach = [", ".join("never" if np.isnan(e) else f"{e:.0f}" for e in group) for group in (first, stays)]
+            ratios = [", ".join(f"{ratio:.2f}" for ratio in group) for group in zip(*((r[e == 480][0], r[-1]) for e, r in seeds))]
+            budget = ", ".join(f"{e:.0f}" for e in (budgets if len(set(budgets)) > 1 else budgets[:1]))
+            print(f"| {name.upper()} | {actor} | {n} | {' | '.join(reach + ratios)} | {budget} |")
 
     figure, axes = plt.subplots(figsize=(7, 4))
     for color, ((name, actor), group) in zip(plt.cm.tab10.colors, points.items()):

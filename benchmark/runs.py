@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -60,25 +61,29 @@ def sweep(name, jobs, workers):
     done = {(row["script"], row["n_agents"], row["seed"], row["options"]) for row in read(path)}
     missing = [job for job in jobs if job not in done]
     print(f"{name}: {len(jobs) - len(missing)} of {len(jobs)} runs are there", flush=True)
-    start = time.time()
-    with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(run, *job): job for job in missing}
-        for count, future in enumerate(futures, 1):  # in their order; a later one that is ready waits in memory
-            rows = future.result()
+    start, ended, lock = time.time(), [], threading.Lock()
+
+    def record(job):
+        rows = run(*job)
+        with lock:  # rows are written when their run ends, whatever else still runs
             new = not path.exists()
             with path.open("a", newline="") as file:
                 writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")  # speed depends on what else runs
                 if new:
                     writer.writeheader()
                 writer.writerows(rows)
-            left = (time.time() - start) / count * (len(missing) - count)
-            script, n_agents, seed, options = futures[future]
+            ended.append(job)
+            left = (time.time() - start) / len(ended) * (len(missing) - len(ended))
+            script, n_agents, seed, options = job
             last = rows[-1]
             print(
-                f"{count:4d}/{len(missing)} {script} N={n_agents} seed={seed} {options}: cost ratio {last['cost_ratio']} "
+                f"{len(ended):4d}/{len(missing)} {script} N={n_agents} seed={seed} {options}: cost ratio {last['cost_ratio']} "
                 f"after {last['episode']} episodes, {last['seconds']} s; {left / 60:.0f} min left",
                 flush=True,
             )
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(record, missing))
     wanted = set(jobs)
     return [row for row in read(path) if (row["script"], row["n_agents"], row["seed"], row["options"]) in wanted]
 

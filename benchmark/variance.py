@@ -77,9 +77,10 @@ def gradients(n_agents, samples, rounds, seed, gamma=0.97):
 def measure(n_agents, scenarios, samples, rounds, alpha):
     """Means over agents and scenarios of a gradient's variance V (trace of its covariance), squared signal and the like.
 
-    Returns {"return_variance", "return_noise", …: noise-to-signal V/‖mean‖² with the mean's own noise V/S taken out, NaN where
-    ‖mean‖² is not at least two standard errors (over agents and scenarios) above zero; and of the mixture (1−α) return + α guidance: "covariance", "mixture_variance" at the given α, "alpha_star" = V_J/(V_J + V_G),
-    "alpha_measured" (of a grid of step 0.001 the one with the least variance), "optimum_variance" there}.
+    Returns {"return_variance", "return_noise", …}: noise-to-signal V/‖mean‖² with the mean's own noise V/S taken out, NaN where
+    ‖mean‖² is not at least two standard errors (over agents and scenarios) above zero; and of the mixture (1−α) return +
+    α guidance "covariance", "mixture_variance" at the given α, "alpha_star" = V_J/(V_J + V_G), "alpha_measured" (of a grid of
+    step 0.001 the one with the least variance) and "optimum_variance" there.
     """
     variance, signals, covariance = np.zeros(3), [], 0.0
     for scenario in range(scenarios):
