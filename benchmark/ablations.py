@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import tyro
 from altered import VARIANTS
-from runs import RESULTS, curves, interval, read, sweep
+from runs import RESULTS, curves, read, shown, sweep
 
 CHANGES = [
     "",
@@ -41,9 +41,9 @@ def main(args):
     found = {(n, options): seeds for (_, n, options), seeds in curves(rows).items()}
     print("| N | change | cost ratio after 10 episodes | 20 | Best-Fit's return |\n|---|---|---|---|---|")
     for (n, options), seeds in sorted(found.items(), key=lambda item: item[0][0]):
-        means = [interval([ratios[k] for _, ratios in seeds.values()]) for k in (0, 1)]
+        means = [shown([ratios[k] for _, ratios in seeds.values()]) for k in (0, 1)]
         change = options.removeprefix("--eval-every 10").strip() or "none"
-        print(f"| {n} | `{change}` | " + " | ".join(f"{mean:.2f} ± {half:.2f}" for mean, half in means) + f" | {best_fit[n, options]:.1f} |")
+        print(f"| {n} | `{change}` | {' | '.join(means)} | {best_fit[n, options]:.1f} |")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Writes results/equilibria.csv (a run that is there is not repeated).
 from dataclasses import dataclass
 
 import tyro
-from runs import curves, interval, sweep
+from runs import curves, shown, sweep
 
 BUDGET = "--num-envs 8 --episodes 1600 --eval-every 1600 --learning-rate 1e-3 --clip-coef 0.2"  # MAPPO's
 SETTINGS = [
@@ -32,8 +32,8 @@ def main(args):
     found = curves(sweep("equilibria", jobs, args.workers))
     print("| cost ratio at the end | " + " | ".join(f"load {load}" for load in loads) + " |\n|---" + "|---" * len(loads) + "|")
     for script, options in SETTINGS:
-        ends = [interval([ratios[-1] for _, ratios in found[script, 5, f"{options} --load {load}"].values()]) for load in loads]
-        print(f"| `{script} {options}` | " + " | ".join(f"{mean:.2f} ± {half:.2f}" for mean, half in ends) + " |")
+        ends = [shown([ratios[-1] for _, ratios in found[script, 5, f"{options} --load {load}"].values()]) for load in loads]
+        print(f"| `{script} {options}` | {' | '.join(ends)} |")
 
 
 if __name__ == "__main__":

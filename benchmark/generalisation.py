@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import dataclass
 
 import tyro
-from runs import ROOT, curves, interval, sweep
+from runs import ROOT, curves, shown, sweep
 
 ACTORS = ROOT / "runs" / "generalisation"
 SIZES = (5, 10, 20, 50, 100, 200, 500, 1000, 1500)
@@ -66,8 +66,7 @@ def main(args):
         for seed in range(1, args.seeds + 1):
             script, n, seed, options = jobs[name, seed]
             values.append(found[script, n, options][seed][1][-1])
-        mean, half = interval(values)
-        print(f"| {name} | {mean:.2f} ± {half:.2f} |")
+        print(f"| {name} | {shown(values)} |")
 
 
 if __name__ == "__main__":

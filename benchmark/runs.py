@@ -110,6 +110,12 @@ def interval(values):
     return values.mean(), half
 
 
+def shown(values):
+    """Their `interval` as text; the mean alone of one value."""
+    mean, half = interval(values)
+    return f"{mean:.2f} ± {half:.2f}" if len(values) > 1 else f"{mean:.2f}"
+
+
 def slope(x, y):
     """Slope of the least-squares line through (log x, log y), and its standard error."""
     x, y = np.log(x), np.log(y)

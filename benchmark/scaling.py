@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from runs import ROOT, curves, interval, reached, slope, sweep
+from runs import ROOT, curves, reached, shown, slope, sweep
 
 SIZES = (5, 10, 20, 50, 100, 200, 500, 1000, 1500)
 
@@ -34,13 +34,12 @@ def main(args):
     for (_, n, _), seeds in curves(rows).items():
         first = [reached(*curve) for curve in seeds.values()]
         points += [(n, episode) for episode in first]
-        at = {k: interval([ratios[episodes == k][0] for episodes, ratios in seeds.values()]) for k in (10, 20)}
+        at = [shown([ratios[episodes == k][0] for episodes, ratios in seeds.values()]) for k in (10, 20)]
         last = [row for key, row in ends.items() if key[0] == n]
         seconds, memory = (np.median([row[name] for row in last]) for name in ("seconds", "peak_mib"))
         print(
             f"| {n} | {', '.join('never' if np.isnan(e) else f'{e:.0f}' for e in first)} "
-            + "".join(f"| {mean:.2f} ± {half:.2f} " for mean, half in at.values())
-            + f"| {seconds:.0f} | {memory:.0f} |"
+            f"| {' | '.join(at)} | {seconds:.0f} | {memory:.0f} |"
         )
         episodes = next(iter(seeds.values()))[0]
         ratios = np.exp(np.mean([np.log(ratios) for _, ratios in seeds.values()], 0))

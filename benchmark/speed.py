@@ -30,12 +30,13 @@ class Args:
     """also time mappo.py in other libraries' setting"""
 
 
-def phases(n_agents, episodes):
+def phases(n_agents, episodes, products_alone):
     """CPU seconds per episode of DG-PG: rollout, advantages and guidance, update (with logging and the checkpoint).
 
     Told apart by the calls that begin them: `reset` of the one training environment, `gae`, and the end of `guided_advantage`.
+    There `products_alone()` is timed, too, next to the update because the machine's speed changes: "products", and their "ratio".
     """
-    marks = []
+    marks, bare = [], []
     reset, gae, guided, evaluation = CloudEnv.reset, dgpg.gae, dgpg.guided_advantage, dgpg.evaluate
 
     def marked_reset(self, seed=None, options=None):
@@ -49,6 +50,8 @@ def phases(n_agents, episodes):
 
     def marked_guided(*args):
         result = guided(*args)
+        marks.append(("products", time.process_time()))
+        bare.append(products_alone())
         marks.append(("update", time.process_time()))
         return result
 
@@ -63,14 +66,16 @@ def phases(n_agents, episodes):
     spent = {}
     for (name, begin), (_, end) in zip(marks, marks[1:]):  # the last update has no end: it holds the final evaluation
         spent.setdefault(name, []).append(end - begin)
+    spent["products"] = bare[:-1]
+    spent["ratio"] = np.divide(spent["update"], spent["products"])
     return {name: np.median(seconds[1:]) for name, seconds in spent.items()}
 
 
-def products(rows, sizes):
+def products(rows, sizes, repeats):
     """Seconds of the matrix products alone of one forward and backward pass of an MLP: x W; then W's and, but for the first, x's."""
     pairs = [(torch.randn(rows, a), torch.randn(a, b), torch.randn(rows, b)) for a, b in zip(sizes, sizes[1:])]
     times = []
-    for _ in range(30):
+    for _ in range(repeats):
         start = time.process_time()
         for layer, (x, weight, gradient) in enumerate(pairs):
             x @ weight
@@ -86,12 +91,14 @@ def main(args):
     # whole commands first: the memory of a process counts that of the one that started it
     if args.peers:
         print("mappo.py, 10 environments x 100 rounds an update, 10 epochs x 1 minibatch of all states, two hidden layers of 64, one thread")
-        print("| N | agents in a minibatch | agent-steps/s | peak MiB | fastest peer | ratio |\n|---|---|---|---|---|---|")
+        print("| N | rows scored for a decision | agents in a minibatch | agent-steps/s | peak MiB | fastest peer | ratio |\n" + "|---" * 7 + "|")
         setting = "--num-envs 10 --hidden 64 --num-minibatches 1 --update-epochs 10 --episodes 40 --eval-every 40"
         for n, (speed, peer) in PEERS.items():
-            for agents in sorted({n, min(n, dgpg.Args().minibatch_agents)}):
-                row = run("mappo.py", n, 1, f"{setting} --minibatch-agents {agents}")[-1]
-                print(f"| {n} | {agents} | {row['sps']} | {row['peak_mib']} | {peer} {speed:,} | {float(row['sps']) / speed:.2f} |", flush=True)
+            for rows in (8, 1):  # servers in reach; the peers' actors score an observation at once
+                for agents in sorted({n, min(n, dgpg.Args().minibatch_agents)}):
+                    row = run("mappo.py", n, 1, f"{setting} --minibatch-agents {agents} --servers-per-agent {rows}")[-1]
+                    ratio = float(row["sps"]) / speed
+                    print(f"| {n} | {min(rows, n)} | {agents} | {row['sps']} | {row['peak_mib']} | {peer} {speed:,} | {ratio:.2f} |", flush=True)
         print()
 
     print("| N | evaluation of 40 scenarios, s | Best-Fit on them, s | default run, s | peak MiB | evaluation and Best-Fit / run |\n|---|---|---|---|---|---|")
@@ -123,16 +130,28 @@ def main(args):
             start = time.process_time()
             evaluate(env, random_policy, repeat)
             times.append(time.process_time() - start)
-        steps, spent, options = n * env.rounds, phases(n, args.episodes), dgpg.Args()
+        options = dgpg.Args()
         states = env.rounds // options.num_minibatches
-        alone = products(min(n, options.minibatch_agents) * states * env.reach.shape[1], [OBS_FEATURES, 32, 32, 1])
-        alone += products(states, [2 * n + 2, 64, 64, 1])
-        alone *= options.update_epochs * options.num_minibatches
+        rows = min(n, options.minibatch_agents) * states * env.reach.shape[1]
+
+        def products_alone():
+            minibatch = products(rows, [OBS_FEATURES, 32, 32, 1], repeats=10) + products(states, [2 * n + 2, 64, 64, 1], repeats=10)
+            return minibatch * options.update_epochs * options.num_minibatches
+
+        steps, spent = n * env.rounds, phases(n, args.episodes, products_alone)
+        training = spent["rollout"] + spent["advantages"] + spent["update"]
         print(
-            f"| {n} | {steps / np.median(times):,.0f} | {steps / spent['rollout']:,.0f} | {steps / sum(spent.values()):,.0f} "
-            f"| {spent['rollout']:.3f} | {spent['advantages']:.3f} | {spent['update']:.3f} | {alone:.3f} | {spent['update'] / alone:.2f} |",
+            f"| {n} | {steps / np.median(times):,.0f} | {steps / spent['rollout']:,.0f} | {steps / training:,.0f} | {spent['rollout']:.3f} "
+            f"| {spent['advantages']:.3f} | {spent['update']:.3f} | {spent['products']:.3f} | {spent['ratio']:.2f} |",
             flush=True,
         )
+
+    if args.peers:
+        print("\nagent-steps/s that the actor's matrix products alone would allow in the other libraries' setting")
+        print("| N | 8 rows for a decision | 1 |\n|---|---|---|")
+        for n in PEERS:
+            seconds = [10 * products(n * 1000 * min(rows, n), [OBS_FEATURES, 64, 64, 1], repeats=3) for rows in (8, 1)]
+            print(f"| {n} | " + " | ".join(f"{n * 1000 / s:,.0f}" for s in seconds) + " |")
 
 
 if __name__ == "__main__":
