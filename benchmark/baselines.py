@@ -70,7 +70,7 @@ def main(args):
             print(f"| {name.upper()} | {actor} | {n} | {' | '.join(reach + ratios)} | {budget} |")
 
     figure, axes = plt.subplots(figsize=(7, 4))
-    for color, ((name, actor), group) in zip(plt.cm.tab10.colors, points.items()):
+    for k, ((name, actor), group) in enumerate(points.items()):
         n, episodes, budget = np.array(group).T
         there = ~np.isnan(episodes)
         label = f"{name}, {actor}"
@@ -78,8 +78,9 @@ def main(args):
             beta, error = slope(n[there], episodes[there])
             label += f": N^{beta:.2f} ± {error:.2f}"
             print(f"{label} (standard error, {there.sum()} runs that got there, {(~there).sum()} that did not)")
-        axes.loglog(n[there], episodes[there], "o", ms=4, color=color, label=label)
-        axes.loglog(n[~there], budget[~there], "x", ms=6, color=color)
+        beside = n * 1.07 ** (k - 2)  # so that no algorithm hides another
+        axes.loglog(beside[there], episodes[there], "o", ms=4, color=f"C{k}", label=label)
+        axes.loglog(beside[~there], budget[~there], "x", ms=6, color=f"C{k}")
     axes.set(xlabel="agents N", ylabel="episodes until first at Best-Fit", title="× : not reached within that many episodes")
     axes.legend(fontsize=8)
     figure.savefig(ROOT / "benchmark" / "baselines.svg", bbox_inches="tight")
