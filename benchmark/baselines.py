@@ -24,11 +24,13 @@ PLAN = [
     *((script, options, n, 504, (2, 3)) for n in (10, 50) for options in (SHARED, OWN) for script in BOTH),
     *((script, SHARED, 200, 504, (2, 3)) for script in BOTH),
     ("mappo.py", SHARED, 20, 4000, (1,)),
+    ("mappo.py", SHARED, 50, 20_000, (2,)),
     *((script, OWN, 200, 504, (2, 3)) for script in BOTH),
-    ("ippo.py", SHARED, 50, 4000, (1,)),
+    *((script, options, 10, 4000, (2, 3)) for options in (SHARED, OWN) for script in BOTH),
+    ("mappo.py", SHARED, 50, 4000, (3,)),  # seeds 1 and 2 have more, with the same first 4,000
+    ("ippo.py", SHARED, 50, 4000, (1, 2, 3)),
+    *((script, OWN, 50, 4000, (1, 2, 3)) for script in BOTH),
     ("mappo.py", SHARED, 20, 4000, (2, 3)),
-    *((script, SHARED, 10, 4000, (2, 3)) for script in BOTH),
-    *((script, SHARED, 50, 4000, (2, 3)) for script in BOTH),
 ]
 
 

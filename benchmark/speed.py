@@ -105,7 +105,7 @@ def main(args):
     for n in (size for size in args.sizes if size <= 1000):  # above, evaluation takes longer than training
         row = run("dgpg.py", n, 1, "")[-1]
         env = CloudEnv(40, n)
-        actor = dgpg.MLP(1, OBS_FEATURES, 32, 0.01)
+        actor = dgpg.MLP(1, OBS_FEATURES, dgpg.Args().hidden, 0.01)
 
         def policy(env, obs):
             with torch.inference_mode():
@@ -135,7 +135,8 @@ def main(args):
         rows = min(n, options.minibatch_agents) * states * env.reach.shape[1]
 
         def products_alone():
-            minibatch = products(rows, [OBS_FEATURES, 32, 32, 1], repeats=10) + products(states, [2 * n + 2, 64, 64, 1], repeats=10)
+            minibatch = products(rows, [OBS_FEATURES, options.hidden, options.hidden, 1], repeats=10)
+            minibatch += products(states, [2 * n + 2, 64, 64, 1], repeats=10)
             return minibatch * options.update_epochs * options.num_minibatches
 
         steps, spent = n * env.rounds, phases(n, args.episodes, products_alone)
