@@ -71,7 +71,7 @@ class Args:
     """one actor for all agents, or one actor per agent"""
     hidden: int = 32
     """width of the actor's two hidden layers"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-2
     """Adam's learning rate, actor and critic"""
     gamma: float = 0.97
     """discount factor per round"""
@@ -87,7 +87,7 @@ class Args:
     """if toggled, advantages are standardised over the batch"""
     clip_coef: float = 0.2
     """clip range of the policy ratio"""
-    ent_coef: float = 0.0
+    ent_coef: float = 0.01
     """weight of the entropy bonus"""
     vf_coef: float = 1.0
     """weight of the value loss"""

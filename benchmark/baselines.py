@@ -12,25 +12,38 @@ import tyro
 from runs import RESULTS, ROOT, curves, reached, read, slope, sweep
 
 SHARED, OWN = "", "--no-share-parameters"
+EARLIER = "--learning-rate 1e-3 --ent-coef 0"  # tuned at N = 5 alone, and slow from N = 20 on
 BOTH = ("mappo.py", "ippo.py")
 # script, options, N, episodes, seeds; the runs of most use first; 504 is the paper's 500 as a multiple of 8
 PLAN = [
     *((script, SHARED, n, episodes, (1, 2, 3)) for n, episodes in ((2, 640), (5, 1600)) for script in BOTH),
+    ("mappo.py", SHARED, 50, 10_000, (1,)),
+    ("mappo.py", SHARED, 10, 2400, (1, 2, 3)),
+    ("mappo.py", SHARED, 20, 4000, (1, 2, 3)),
+    ("ippo.py", SHARED, 10, 4000, (1, 2, 3)),
+    *((script, SHARED, 200, 504, (1,)) for script in BOTH),
+    ("ippo.py", SHARED, 50, 4000, (1,)),
+    ("mappo.py", SHARED, 50, 4000, (2,)),
+    *((script, OWN, n, episodes, (1, 2, 3)) for n, episodes in ((2, 640), (5, 1600)) for script in BOTH),
+    *((script, OWN, 10, 4000, (1,)) for script in BOTH),
+    *((script, SHARED, 50, 4000, (seed,)) for seed in (2, 3) for script in BOTH),
+    *((script, OWN, 10, 4000, (2, 3)) for script in BOTH),
+    *((script, SHARED, 200, 504, (2, 3)) for script in BOTH),
+    *((script, OWN, n, 504, (1,)) for n in (50, 200) for script in BOTH),
+    *((script, OWN, 50, 4000, (1, 2, 3)) for script in BOTH),
+    *((script, OWN, 200, 504, (2, 3)) for script in BOTH),
+    ("ippo.py", SHARED, 20, 4000, (1, 2, 3)),
+]
+PLAN_EARLIER = [
+    *((script, SHARED, n, episodes, (1, 2, 3)) for n, episodes in ((2, 640), (5, 1600)) for script in BOTH),
     ("mappo.py", SHARED, 10, 2400, (1, 2, 3)),
     ("mappo.py", SHARED, 50, 10_000, (1,)),
+    ("mappo.py", SHARED, 20, 4000, (1,)),
     *((script, options, 10, 4000, (1,)) for options in (SHARED, OWN) for script in BOTH),
     *((script, options, n, 504, (1,)) for options in (SHARED, OWN) for n in (50, 200) for script in BOTH),
     *((script, OWN, n, 1600, (1, 2, 3)) for n in (2, 5) for script in BOTH),
     *((script, options, n, 504, (2, 3)) for n in (10, 50) for options in (SHARED, OWN) for script in BOTH),
     *((script, SHARED, 200, 504, (2, 3)) for script in BOTH),
-    ("mappo.py", SHARED, 20, 4000, (1,)),
-    ("mappo.py", SHARED, 50, 20_000, (2,)),
-    *((script, OWN, 200, 504, (2, 3)) for script in BOTH),
-    *((script, options, 10, 4000, (2, 3)) for options in (SHARED, OWN) for script in BOTH),
-    ("mappo.py", SHARED, 50, 4000, (3,)),  # seeds 1 and 2 have more, with the same first 4,000
-    ("ippo.py", SHARED, 50, 4000, (1, 2, 3)),
-    *((script, OWN, 50, 4000, (1, 2, 3)) for script in BOTH),
-    ("mappo.py", SHARED, 20, 4000, (2, 3)),
 ]
 
 
@@ -43,39 +56,43 @@ class Args:
 
 
 def main(args):
+    plan = PLAN + [(script, f"{options} {EARLIER}".strip(), *rest) for script, options, *rest in PLAN_EARLIER]
     jobs = [
         (script, n, seed, f"--episodes {episodes} --eval-every 80 {options}".strip())
-        for script, options, n, episodes, seeds in PLAN
+        for script, options, n, episodes, seeds in plan
         for seed in seeds
     ]
     if not args.only_show:
         sweep("baselines", jobs, args.workers)
-    longest = {}  # (script, actor, N): {seed: its curve of most episodes}
+    longest = {}  # (earlier settings, script, own actors, N): {seed: its curve of most episodes}
     found = curves(read(RESULTS / "baselines.csv") + read(RESULTS / "scaling.csv"))
     for (script, n, options), seeds in found.items():
-        known = longest.setdefault((script[: -len(".py")], "one per agent" if OWN in options else "shared", n), {})
+        known = longest.setdefault((EARLIER in options, script[: -len(".py")], OWN in options, n), {})
         for seed, curve in seeds.items():
             known[seed] = max(known.get(seed, curve), curve, key=lambda curve: curve[0][-1])
 
-    columns = ("algorithm", "actor", "N", "first at Best-Fit", "stays there from", "cost ratio after 480 episodes", "at the end", "after")
-    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    columns = ("actor", "N", "first at Best-Fit", "stays there from", "cost ratio after 480 episodes", "1,600", "4,000", "at the end", "after")
     points = {}
-    for (name, actor, n), seeds in sorted(longest.items(), key=lambda item: (item[0][0], item[0][1] != "shared", item[0][2])):
-        seeds = [seeds[seed] for seed in sorted(seeds)]
-        first, stays = ([reached(*curve, stays=stays) for curve in seeds] for stays in (False, True))
-        budgets = [episodes[-1] for episodes, _ in seeds]
-        points.setdefault((name, actor), []).extend(zip([n] * len(seeds), first, budgets))
-        if name != "dgpg":
-            reach = [", ".join("never" if np.isnan(e) else f"{e:.0f}" for e in group) for group in (first, stays)]
-            ratios = [", ".join(f"{ratio:.2f}" for ratio in group) for group in zip(*((r[e == 480][0], r[-1]) for e, r in seeds))]
-            budget = ", ".join(f"{e:.0f}" for e in (budgets if len(set(budgets)) > 1 else budgets[:1]))
-            print(f"| {name.upper()} | {actor} | {n} | {' | '.join(reach + ratios)} | {budget} |")
+    for earlier in (False, True):
+        print(f"\n| {EARLIER if earlier else 'defaults'} | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
+        for (_, name, own, n), seeds in sorted(item for item in longest.items() if item[0][0] == earlier):
+            seeds = [seeds[seed] for seed in sorted(seeds)]
+            actor = "one per agent" if own else "shared"
+            first, stays = ([reached(*curve, stays=stays) for curve in seeds] for stays in (False, True))
+            budgets = [episodes[-1] for episodes, _ in seeds]
+            if not earlier:
+                points.setdefault(f"{name}, {actor}", []).extend(zip([n] * len(seeds), first, budgets))
+            if name != "dgpg":
+                reach = [", ".join("never" if np.isnan(e) else f"{e:.0f}" for e in group) for group in (first, stays)]
+                ratios = [", ".join(f"{ratio:.2f}" for e, r in seeds for ratio in r[e == k]) for k in (480, 1600, 4000)]
+                ratios.append(", ".join(f"{r[-1]:.2f}" for _, r in seeds))
+                budget = ", ".join(f"{e:.0f}" for e in (budgets if len(set(budgets)) > 1 else budgets[:1]))
+                print(f"| {name.upper()} | {actor} | {n} | {' | '.join(reach + ratios)} | {budget} |")
 
     figure, axes = plt.subplots(figsize=(7, 4))
-    for k, ((name, actor), group) in enumerate(points.items()):
+    for k, (label, group) in enumerate(points.items()):
         n, episodes, budget = np.array(group).T
         there = ~np.isnan(episodes)
-        label = f"{name}, {actor}"
         if len(set(n[there])) > 2:
             beta, error = slope(n[there], episodes[there])
             label += f": N^{beta:.2f} ± {error:.2f}"

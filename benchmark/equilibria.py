@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import tyro
 from runs import curves, shown, sweep
 
-BUDGET = "--num-envs 8 --episodes 1600 --eval-every 1600 --learning-rate 1e-3 --clip-coef 0.2"  # MAPPO's
+BUDGET = "--num-envs 8 --episodes 1600 --eval-every 1600 --learning-rate 1e-3 --clip-coef 0.2"
 SETTINGS = [
     ("dgpg.py", "--eval-every 20 --alpha-end 0.2"),
     ("dgpg.py", "--eval-every 20 --alpha-end 0"),
-    ("mappo.py", "--eval-every 1600"),
+    ("mappo.py", "--eval-every 1600 --learning-rate 1e-3 --ent-coef 0"),
     ("dgpg.py", f"{BUDGET} --alpha-end 0"),
     ("dgpg.py", f"{BUDGET} --alpha-end 0.2"),
 ]
