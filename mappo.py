@@ -73,6 +73,8 @@ class Args:
     """width of the actor's two hidden layers"""
     learning_rate: float = 1e-2
     """Adam's learning rate, actor and critic"""
+    anneal_lr: bool = False
+    """if toggled, the learning rate falls linearly to 0"""
     gamma: float = 0.97
     """discount factor per round"""
     gae_lambda: float = 0.9
@@ -352,6 +354,8 @@ def train(args):
         b_advantages = standardise(advantages, args.norm_adv).reshape(-1, B).expand(N, B)
 
         # update: minibatches of states, each with the same number of agents, drawn anew
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = (1 - (episode - E) / args.episodes) * args.learning_rate
         losses = []
         for _ in range(args.update_epochs):
             for index in torch.randperm(B, device=device).tensor_split(args.num_minibatches):

@@ -163,7 +163,7 @@ def test_guided_policy_learns_and_the_others_do_not():
 
 
 def test_everything_that_is_written(capsys):
-    train(Args(**TINY, exp_name="name", seed=3, save_model=True, alpha_start=0.9, alpha_end=0.2))
+    train(Args(**TINY, exp_name="name", seed=3, save_model=True, alpha_start=0.9, alpha_end=0.2, anneal_lr=True))
     (run,) = pathlib.Path("runs").iterdir()
     assert run.name.startswith("name__n3__3__")
     events = EventAccumulator(str(run)).Reload()
@@ -178,6 +178,7 @@ def test_everything_that_is_written(capsys):
     assert [step for step, _ in logged.pop("eval/return_argmax")] == [2]  # at the end only
     assert all([step for step, _ in points] == [1, 2] for points in logged.values())
     assert [value for _, value in logged["guidance/alpha"]] == pytest.approx([0.9, 0.2])
+    assert [value for _, value in logged["charts/learning_rate"]] == pytest.approx([0.01, 0.005])  # Adam's own
     value, best, worst = (logged[f"eval/{name}"][-1][1] for name in ("return", "best_fit_return", "random_return"))
     assert logged["eval/score"][-1][1] == pytest.approx((value - worst) / (best - worst), rel=1e-5)
     assert logged["eval/cost_ratio"][-1][1] == pytest.approx(value / best, rel=1e-5)
