@@ -12,6 +12,7 @@ import tyro
 from runs import RESULTS, ROOT, curves, reached, read, slope, sweep
 
 SHARED, OWN = "", "--no-share-parameters"
+ANNEALED = "--anneal-lr"
 EARLIER = "--learning-rate 1e-3 --ent-coef 0"  # tuned at N = 5 alone, and slow from N = 20 on
 BOTH = ("mappo.py", "ippo.py")
 # script, options, N, episodes, seeds; the runs of most use first; 504 is the paper's 500 as a multiple of 8
@@ -26,6 +27,7 @@ PLAN = [
     ("mappo.py", SHARED, 50, 4000, (2,)),
     *((script, OWN, n, episodes, (1, 2, 3)) for n, episodes in ((2, 640), (5, 1600)) for script in BOTH),
     *((script, OWN, 10, 4000, (1,)) for script in BOTH),
+    ("mappo.py", ANNEALED, 50, 4000, (1, 2)),
     *((script, SHARED, 50, 4000, (seed,)) for seed in (2, 3) for script in BOTH),
     *((script, OWN, 10, 4000, (2, 3)) for script in BOTH),
     *((script, SHARED, 200, 504, (2, 3)) for script in BOTH),
@@ -64,23 +66,24 @@ def main(args):
     ]
     if not args.only_show:
         sweep("baselines", jobs, args.workers)
-    longest = {}  # (earlier settings, script, own actors, N): {seed: its curve of most episodes}
+    longest = {}  # (settings, script, own actors, N): {seed: its curve of most episodes}
     found = curves(read(RESULTS / "baselines.csv") + read(RESULTS / "scaling.csv"))
     for (script, n, options), seeds in found.items():
-        known = longest.setdefault((EARLIER in options, script[: -len(".py")], OWN in options, n), {})
+        settings = next((settings for settings in (ANNEALED, EARLIER) if settings in options), "defaults")
+        known = longest.setdefault((settings, script[: -len(".py")], OWN in options, n), {})
         for seed, curve in seeds.items():
             known[seed] = max(known.get(seed, curve), curve, key=lambda curve: curve[0][-1])
 
     columns = ("actor", "N", "first at Best-Fit", "stays there from", "cost ratio after 480 episodes", "1,600", "4,000", "at the end", "after")
     points = {}
-    for earlier in (False, True):
-        print(f"\n| {EARLIER if earlier else 'defaults'} | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
-        for (_, name, own, n), seeds in sorted(item for item in longest.items() if item[0][0] == earlier):
+    for settings in ("defaults", ANNEALED, EARLIER):
+        print(f"\n| {settings} | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
+        for (_, name, own, n), seeds in sorted(item for item in longest.items() if item[0][0] == settings):
             seeds = [seeds[seed] for seed in sorted(seeds)]
             actor = "one per agent" if own else "shared"
             first, stays = ([reached(*curve, stays=stays) for curve in seeds] for stays in (False, True))
             budgets = [episodes[-1] for episodes, _ in seeds]
-            if not earlier:
+            if settings == "defaults":
                 points.setdefault(f"{name}, {actor}", []).extend(zip([n] * len(seeds), first, budgets))
             if name != "dgpg":
                 reach = [", ".join("never" if np.isnan(e) else f"{e:.0f}" for e in group) for group in (first, stays)]
