@@ -4,12 +4,10 @@ Writes results/baselines.csv (a run that is there is not repeated) and baselines
 from results/scaling.csv.
 """
 
-from dataclasses import dataclass
-
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from runs import RESULTS, ROOT, curves, reached, read, slope, sweep
+from runs import RESULTS, ROOT, Args, curves, reached, read, slope, sweep
 
 SHARED, OWN = "", "--no-share-parameters"
 ANNEALED = "--anneal-lr"
@@ -47,14 +45,6 @@ PLAN = [
     *((script, f"{OWN} {EARLIER}", 200, 504, (2, 3)) for script in BOTH),
     ("ippo.py", SHARED, 20, 4000, (1, 2, 3)),
 ]
-
-
-@dataclass
-class Args:
-    workers: int = 2
-    """runs side by side, one thread each"""
-    only_show: bool = False
-    """only the table and the figure, of the runs that are there"""
 
 
 def main(args):

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,6 +22,14 @@ sys.path.insert(0, str(ROOT))  # the modules that the benchmarks import
 RESULTS = ROOT / "benchmark" / "results"
 FIELDS = ["script", "n_agents", "seed", "options", "episode", "return", "score", "cost_ratio", "best_fit", "random", "seconds", "peak_mib"]
 T_975 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # quantile 0.975 of Student's t by degrees of freedom
+
+
+@dataclass
+class Args:
+    workers: int = 2
+    """runs side by side, one thread each"""
+    only_show: bool = False
+    """only what is made of the runs that are there"""
 
 
 def read(path):

@@ -3,11 +3,9 @@
 Writes results/tuning.csv (a run that is there is not repeated), and prints the table.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import tyro
-from runs import RESULTS, curves, reached, read, sweep
+from runs import RESULTS, Args, curves, reached, read, sweep
 
 RUN = "--episodes 1600 --eval-every 160"
 SETTINGS = {  # N: learning rate, weight of the entropy bonus, other changes
@@ -19,14 +17,6 @@ SETTINGS = {  # N: learning rate, weight of the entropy bonus, other changes
     ],
     50: [("1e-3", "0", ""), *((rate, bonus, "") for rate in ("3e-3", "1e-2") for bonus in ("0", "0.01")), ("3e-3", "0", "--num-minibatches 16")],
 }
-
-
-@dataclass
-class Args:
-    workers: int = 2
-    """runs side by side, one thread each"""
-    only_show: bool = False
-    """only the table, of the runs that are there"""
 
 
 def main(args):
