@@ -7,7 +7,7 @@ from results/scaling.csv.
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from runs import RESULTS, ROOT, Args, curves, reached, read, slope, sweep
+from runs import RESULTS, Args, curves, reached, read, save, slope, sweep
 
 SHARED, OWN = "", "--no-share-parameters"
 ANNEALED = "--anneal-lr"
@@ -94,7 +94,7 @@ def main(args):
         axes.loglog(beside[~there], budget[~there], "x", ms=6, color=f"C{k}")
     axes.set(xlabel="agents N", ylabel="episodes until first at Best-Fit", title="× : not reached within that many episodes")
     axes.legend(fontsize=8)
-    figure.savefig(ROOT / "benchmark" / "baselines.svg", bbox_inches="tight")
+    save(figure, "baselines")
 
 
 if __name__ == "__main__":

@@ -132,3 +132,11 @@ def slope(x, y):
     beta = dx @ y / (dx @ dx)
     residuals = y - y.mean() - beta * dx
     return beta, (residuals @ residuals / max(1, len(x) - 2) / (dx @ dx)) ** 0.5
+
+
+def save(figure, name):
+    """Write benchmark/{name}.svg, the same bytes for the same figure."""
+    import matplotlib  # the tests do without
+
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(ROOT / "benchmark" / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})

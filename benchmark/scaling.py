@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from runs import ROOT, curves, reached, shown, slope, sweep
+from runs import curves, reached, save, shown, slope, sweep
 
 SIZES = (5, 10, 20, 50, 100, 200, 500, 1000, 1500)
 
@@ -52,7 +52,7 @@ def main(args):
     axes.set(yscale="log", xlabel="episodes", ylabel="cost ratio R / R_best_fit", title="DG-PG: geometric mean over seeds", xlim=(0, 20))
     axes.set_xticks(range(0, 21, 5))
     axes.legend(ncols=2, fontsize=8)
-    figure.savefig(ROOT / "benchmark" / "scaling.svg", bbox_inches="tight")
+    save(figure, "scaling")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import tyro
-from runs import RESULTS, ROOT, read, slope
+from runs import RESULTS, read, save, slope
 from torch.distributions import Categorical
 
 from analytic_model import local_influence, reference_state
@@ -145,7 +145,7 @@ def main(args):
             axes.loglog(columns["n_agents"], columns[name], "o-", ms=3, label=f"{label}: N^{slopes[name][0]:.2f}")
         axes.set(xlabel="agents N", title=f"one agent's gradient: {title}")
         axes.legend(fontsize=8)
-    figure.savefig(ROOT / "benchmark" / "variance.svg", bbox_inches="tight")
+    save(figure, "variance")
 
 
 if __name__ == "__main__":
