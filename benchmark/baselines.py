@@ -38,7 +38,7 @@ PLAN = [
     *((script, OWN, 5, 1600, (1, 2, 3)) for script in BOTH),
     ("mappo.py", OWN, 10, 4000, (1,)),
     *(("mappo.py", ANNEALED, n, episodes, (1, 2, 3)) for n, episodes in ((5, 1600), (10, 2400))),
-    *((script, ANNEALED, 50, 4000, (1, 2, 3)) for script in BOTH),
+    *((script, ANNEALED, 50, 4000, (1,)) for script in BOTH),
     *((script, f"{options} {EARLIER}".strip(), *rest) for script, options, *rest in FORMER),
     *((script, SHARED, 50, 4000, (seed,)) for seed in (2, 3) for script in BOTH),
     *((script, f"{OWN} {EARLIER}", 50, 4000, (1, 2, 3)) for script in BOTH),
