@@ -66,7 +66,8 @@ def main(args):
     columns = ("actor", "N", "first at Best-Fit", "stays there from", "cost ratio after 480 episodes", "1,600", "4,000", "at the end", "after")
     points = {}
     for settings in ("defaults", ANNEALED, EARLIER):
-        print(f"\n| {settings} | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
+        title = settings if settings == "defaults" else f"`{settings}`"
+        print(f"\n| {title} | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
         for (_, name, own, n), seeds in sorted(item for item in longest.items() if item[0][0] == settings):
             seeds = [seeds[seed] for seed in sorted(seeds)]
             actor = "one per agent" if own else "shared"
