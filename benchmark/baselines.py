@@ -15,32 +15,25 @@ EARLIER = "--learning-rate 1e-3 --ent-coef 0"  # slower with a shared actor, bet
 BOTH = ("mappo.py", "ippo.py")
 # script, options, N, episodes, seeds; 504 is the paper's 500 as a multiple of 8
 FORMER = [  # with the settings EARLIER
-    *((script, SHARED, n, episodes, (1, 2, 3)) for n, episodes in ((2, 640), (5, 1600)) for script in BOTH),
-    ("mappo.py", SHARED, 10, 2400, (1, 2, 3)),
+    *((script, SHARED, n, episodes, (1, 2, 3)) for n, episodes in ((2, 640), (5, 1600), (200, 504)) for script in BOTH),
+    *((script, OWN, n, episodes, (1, 2, 3)) for n, episodes in ((2, 1600), (5, 1600), (10, 4000), (50, 4000), (200, 504)) for script in BOTH),
+    *((script, SHARED, 10, 4000, (1,)) for script in BOTH),
     *(("mappo.py", SHARED, n, episodes, (1,)) for n, episodes in ((20, 4000), (50, 10_000))),
-    *((script, options, 10, 4000, (1,)) for options in (SHARED, OWN) for script in BOTH),
-    *((script, OWN, n, 1600, (1, 2, 3)) for n in (2, 5) for script in BOTH),
-    *((script, SHARED, n, 504, (2, 3)) for n in (10, 50) for script in BOTH),
-    *((script, SHARED, n, 504, (1,)) for n in (50, 200) for script in BOTH),
-    *((script, SHARED, 200, 504, (2, 3)) for script in BOTH),
-    *((script, OWN, 10, 4000, (2, 3)) for script in BOTH),
-    *((script, OWN, 50, 4000, (1, 2, 3)) for script in BOTH),
-    *((script, OWN, 200, 504, (1, 2, 3)) for script in BOTH),
+    ("mappo.py", SHARED, 10, 2400, (2, 3)),
+    ("mappo.py", SHARED, 50, 504, (2, 3)),
+    ("ippo.py", SHARED, 10, 504, (2, 3)),
+    ("ippo.py", SHARED, 50, 504, (1, 2, 3)),
 ]
 PLAN = [
-    *((script, SHARED, n, episodes, (1, 2, 3)) for n, episodes in ((2, 640), (5, 1600)) for script in BOTH),
-    *((script, SHARED, 10, 4000, (1, 2, 3)) for script in BOTH),
-    ("mappo.py", SHARED, 20, 4000, (1, 2, 3)),
+    *((script, SHARED, n, episodes, (1, 2, 3)) for n, episodes in ((2, 640), (5, 1600), (10, 4000), (20, 4000), (200, 504)) for script in BOTH),
     ("mappo.py", SHARED, 50, 10_000, (1,)),
     ("mappo.py", SHARED, 50, 4000, (2, 3)),
     ("ippo.py", SHARED, 50, 4000, (1, 2, 3)),
-    *((script, SHARED, 200, 504, (1, 2, 3)) for script in BOTH),
     *((script, OWN, 5, 1600, (1, 2, 3)) for script in BOTH),
     ("mappo.py", OWN, 10, 4000, (1,)),
     *(("mappo.py", ANNEALED, n, episodes, (1, 2, 3)) for n, episodes in ((5, 1600), (10, 2400))),
     *((script, ANNEALED, 50, 4000, (1,)) for script in BOTH),
     *((script, f"{options} {EARLIER}".strip(), *rest) for script, options, *rest in FORMER),
-    ("ippo.py", SHARED, 20, 4000, (1, 2, 3)),
 ]
 
 
@@ -52,20 +45,18 @@ def main(args):
     ]
     if not args.only_show:
         sweep("baselines", jobs, args.workers)
-    longest = {}  # (settings, script, own actors, N): {seed: its curve of most episodes}
+    groups = {}  # (settings, script, own actors, N): {seed: its curve}
     found = curves(read(RESULTS / "baselines.csv") + read(RESULTS / "scaling.csv"))
     for (script, n, options), seeds in found.items():
         settings = next((settings for settings in (ANNEALED, EARLIER) if settings in options), "defaults")
-        known = longest.setdefault((settings, script[: -len(".py")], OWN in options, n), {})
-        for seed, curve in seeds.items():
-            known[seed] = max(known.get(seed, curve), curve, key=lambda curve: curve[0][-1])
+        groups.setdefault((settings, script[: -len(".py")], OWN in options, n), {}).update(seeds)
 
     columns = ("actor", "N", "first at Best-Fit", "stays there from", "cost ratio after 480 episodes", "1,600", "4,000", "at the end", "after")
     points = {}
     for settings in ("defaults", ANNEALED, EARLIER):
         title = settings if settings == "defaults" else f"`{settings}`"
         print(f"\n| {title} | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
-        for (_, name, own, n), seeds in sorted(item for item in longest.items() if item[0][0] == settings):
+        for (_, name, own, n), seeds in sorted(item for item in groups.items() if item[0][0] == settings):
             seeds = [seeds[seed] for seed in sorted(seeds)]
             actor = "one per agent" if own else "shared"
             first, stays = ([reached(*curve, stays=stays) for curve in seeds] for stays in (False, True))
