@@ -17,6 +17,7 @@ import time
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 import dgpg
 import ippo
@@ -119,18 +120,27 @@ def test_killed_at_any_moment_and_resumed_ends_as_if_never_killed(tmp_path, scri
 
 def test_resumed_from_any_checkpoint_ends_the_same_and_logs_nothing_twice(tmp_path, monkeypatch):
     """As if the run had been killed right before the next checkpoint: with all of the later events in the file already."""
-    checkpoints, replace = [], os.replace
+    checkpoints, on_disk, replace = [], [], os.replace
 
     def keep(source, target):
         checkpoints.append(pathlib.Path(source).read_bytes())
+        on_disk.append(logged(tmp_path))
         replace(source, target)
 
+    def slow_write(writer, data, write=RecordWriter.write):
+        time.sleep(0.02)  # events are still waiting when the checkpoint is due
+        write(writer, data)
+
     monkeypatch.setattr(os, "replace", keep)
+    monkeypatch.setattr(RecordWriter, "write", slow_write)
     result = train(Args(**SMALL, episodes=6, eval_every=2))
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     run, end, log = only_run(tmp_path), state(tmp_path), logged(tmp_path)
     assert len(checkpoints) == 7  # the one before the first update, too
+    for episode, there in enumerate(on_disk):  # nothing that a checkpoint goes on from is still unwritten when it appears
+        until = {tag: [(step, value) for step, value in events if step <= episode] for tag, events in log.items()}
+        assert there == {tag: events for tag, events in until.items() if events}
     for checkpoint in checkpoints[::2]:
         time.sleep(1 - time.time() % 1)  # event files are ordered by the second that they were begun in
         (run / "checkpoint.pt").write_bytes(checkpoint)
