@@ -20,7 +20,7 @@ CHANGES = [
 
 @dataclass
 class Args:
-    seeds: tuple[int, int] = (2, 1)
+    seeds: tuple[int, int] = (3, 3)
     """seeds at N = 50 and at N = 200"""
     workers: int = 2
     """runs side by side, one thread each"""

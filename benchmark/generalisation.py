@@ -33,6 +33,7 @@ def trained(seed, trace):
     """The file of an actor trained at N = 50 on synthetic load or on the trace."""
     actor = ACTORS / f"{'trace' if trace else 'synthetic'}_{seed}.pt"
     if not actor.exists():
+        print(f"training {actor.name}, about half a minute", flush=True)
         ACTORS.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(ROOT / "dgpg.py"), "--save-model", "--seed", str(seed), "--eval-every", "20"]
         with tempfile.TemporaryDirectory() as folder:

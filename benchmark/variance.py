@@ -7,6 +7,7 @@ Writes results/variance.csv and variance.svg, and prints the table.
 """
 
 import csv
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,7 @@ class Args:
     """numbers of agents, multiples of 12: every type of server equally often"""
     scenarios: int = 3
     """scenarios, each held fixed for all its samples"""
-    samples: int = 64
+    samples: int = 256
     """samples of all agents' actions for one scenario"""
     rounds: int = 20
     """rounds of one sample"""
@@ -115,15 +116,17 @@ def main(args):
     torch.set_num_threads(1)
     path = RESULTS / "variance.csv"
     there = {int(row["n_agents"]) for row in read(path)}
-    for n in args.sizes:
-        if n not in there:
-            row = measure(n, args.scenarios, args.samples, args.rounds, args.alpha)
-            with path.open("a", newline="") as file:
-                writer = csv.DictWriter(file, row)
-                if not file.tell():
-                    writer.writeheader()
-                writer.writerow(row)
-            print(f"N = {n} done, of {args.sizes}", flush=True)
+    missing = [n for n in args.sizes if n not in there]
+    start = time.time()
+    for k, n in enumerate(missing, 1):
+        row = measure(n, args.scenarios, args.samples, args.rounds, args.alpha)
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if not file.tell():
+                writer.writeheader()
+            writer.writerow(row)
+        left = (time.time() - start) * sum(missing[k:]) / sum(missing[:k])  # the work grows like N
+        print(f"N = {n} done, {k} of {len(missing)}, {time.time() - start:.0f} s; {left / 60:.0f} min left", flush=True)
     rows = [row for row in read(path) if row["n_agents"] in args.sizes]
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     shown = [f"{term}_{kind}" for term in TERMS for kind in ("variance", "noise")] + ["mixture_variance", "optimum_variance"]
@@ -137,13 +140,13 @@ def main(args):
 
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6))
     for axes, names, title in (
-        (panels[0], ("return_variance", "guidance_variance", "mixture_variance", "optimum_variance"), "variance"),
+        (panels[0], ("return_variance", "guidance_variance", "mixture_variance", "optimum_variance"), "variance of one agent's gradient"),
         (panels[1], ("return_noise", "guidance_noise"), "squared noise-to-signal ratio"),
     ):
         for name in names:
             label = name.split("_")[0].replace("mixture", f"mixture, α = {args.alpha}").replace("optimum", "mixture, best α")
             axes.loglog(columns["n_agents"], columns[name], "o-", ms=3, label=f"{label}: N^{slopes[name][0]:.2f}")
-        axes.set(xlabel="agents N", title=f"one agent's gradient: {title}")
+        axes.set(xlabel="agents N", title=title)
         axes.legend(fontsize=8)
     save(figure, "variance")
 
