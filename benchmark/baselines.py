@@ -7,7 +7,7 @@ with a shared actor come from results/scaling.csv.
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from runs import RESULTS, Args, curves, reached, read, save, slope, sweep
+from runs import RESULTS, Args, curves, listed, reached, read, save, slope, sweep
 
 SHARED, OWN = "", "--no-share-parameters"
 ANNEALED = "--anneal-lr"
@@ -64,11 +64,10 @@ def main(args):
             budgets = [episodes[-1] for episodes, _ in seeds]
             if settings == (EARLIER if own and name != "dgpg" else "defaults"):  # the better ones of the two
                 points.setdefault(f"{NAMES[name]}, {actor}", []).extend(zip([n] * len(seeds), first, budgets))
-            reach = [", ".join("never" if np.isnan(e) else f"{e:.0f}" for e in group) for group in (first, stays)]
             ratios = [", ".join(f"{ratio:.2f}" for e, r in seeds for ratio in r[e == k]) for k in (480, 1600, 4000)]
             ratios.append(", ".join(f"{r[-1]:.2f}" for _, r in seeds))
-            budget = ", ".join(f"{e:.0f}" for e in (budgets if len(set(budgets)) > 1 else budgets[:1]))
-            print(f"| {NAMES[name]} | {actor} | {n} | {' | '.join(reach + ratios)} | {budget} |")
+            budget = listed(budgets if len(set(budgets)) > 1 else budgets[:1])
+            print(f"| {NAMES[name]} | {actor} | {n} | {' | '.join([listed(first), listed(stays), *ratios])} | {budget} |")
 
     figure, axes = plt.subplots(figsize=(7, 4))
     for k, (label, group) in enumerate(points.items()):

@@ -112,6 +112,11 @@ def reached(episodes, ratios, stays=True):
     return episodes[below.argmax()] if below.any() else np.nan
 
 
+def listed(episodes):
+    """Numbers of episodes as text, NaN as never."""
+    return ", ".join("never" if np.isnan(episode) else f"{episode:.0f}" for episode in episodes)
+
+
 def interval(values):
     """Mean and half the width of its 95 % confidence interval (Student's t); the latter NaN for one value."""
     values = np.asarray(values, dtype=float)

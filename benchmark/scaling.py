@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from runs import curves, reached, save, shown, slope, sweep
+from runs import curves, listed, reached, save, shown, slope, sweep
 
 SIZES = (2, 5, 10, 20, 50, 100, 200, 500, 1000, 1500)
 
@@ -37,10 +37,7 @@ def main(args):
         at = [shown([ratios[episodes == k][0] for episodes, ratios in seeds.values()]) for k in (10, 20)]
         last = [row for key, row in ends.items() if key[0] == n]
         seconds, memory = (np.median([row[name] for row in last]) for name in ("seconds", "peak_mib"))
-        print(
-            f"| {n} | {', '.join('never' if np.isnan(e) else f'{e:.0f}' for e in first)} "
-            f"| {' | '.join(at)} | {seconds:.0f} | {memory:.0f} |"
-        )
+        print(f"| {n} | {listed(first)} | {' | '.join(at)} | {seconds:.0f} | {memory:.0f} |")
         episodes = next(iter(seeds.values()))[0]
         ratios = np.exp(np.mean([np.log(ratios) for _, ratios in seeds.values()], 0))
         axes.plot(episodes, ratios, label=f"N = {n}", color=plt.cm.viridis(SIZES.index(n) / len(SIZES)))

@@ -1,11 +1,10 @@
-"""The baselines' learning rate, entropy bonus and batch where they are slow, at N = 20 and 50.
+"""The baselines' learning rate, entropy bonus and batch where they are slow, at N = 20 and 50: first episode at Best-Fit and the cost ratio.
 
 Writes results/tuning.csv (a run that is there is not repeated), and prints the table.
 """
 
-import numpy as np
 import tyro
-from runs import RESULTS, Args, curves, reached, read, sweep
+from runs import RESULTS, Args, curves, listed, reached, read, sweep
 
 RUN = "--episodes 1600 --eval-every 160"
 SETTINGS = {  # (script, N): learning rate, weight of the entropy bonus, other changes
@@ -36,8 +35,7 @@ def main(args):
     print("| | N | settings | first at Best-Fit | cost ratio after 480 episodes | 800 | 1,600 |\n|---|---|---|---|---|---|---|")
     for script, n, options in dict.fromkeys((script, n, options) for script, n, _, options in jobs):
         seeds = [curve for _, curve in sorted(found.get((script, n, options), {}).items())]
-        first = (reached(*curve, stays=False) for curve in seeds)
-        first = ", ".join("never" if np.isnan(episode) else f"{episode:.0f}" for episode in first)
+        first = listed(reached(*curve, stays=False) for curve in seeds)
         at = [", ".join(f"{ratios[episodes == k][0]:.2f}" for episodes, ratios in seeds) for k in (480, 800, 1600)]
         print(f"| {script[: -len('.py')].upper()} | {n} | `{options.removeprefix(RUN).strip()}` | {first} | {' | '.join(at)} |")
 
