@@ -12,9 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-EVAL_SEED = 10**12  # evaluation scenario e has the seed EVAL_SEED + e; training seeds stay below
-OBS_FEATURES = 7  # log(1 + x_cpu), log(1 + x_mem), z_cpu, z_mem, log vCPU, log GiB, log duration
-
 # AWS c5, m5, r5 (2, 4, 8 GiB per vCPU) x large, xlarge, 2xlarge, 4xlarge (2, 4, 8, 16 vCPU)
 CATALOGUE = np.array([(vcpu, vcpu * gib) for gib in (2, 4, 8) for vcpu in (2, 4, 8, 16)], dtype=float)
 
@@ -23,7 +20,13 @@ SHAPE, LOW, HIGH = 1.5, 10.0, 100.0  # elephants' durations: bounded Pareto on [
 PARETO_MEAN = SHAPE / (SHAPE - 1) * (LOW ** (1 - SHAPE) - HIGH ** (1 - SHAPE)) / (LOW**-SHAPE - HIGH**-SHAPE)
 MEAN_DURATION = (1 - ELEPHANTS) * (1 + 4) + ELEPHANTS * PARETO_MEAN  # 7.4 rounds
 GIB_PER_VCPU = np.array([1.0, 2.0, 4.0, 8.0])
-CPU_WORK = (1 - ELEPHANTS) * 0.55 * (1 + 4) + ELEPHANTS * 2.5 * PARETO_MEAN  # E[cpu duration], vCPU rounds, before scaling
+CPU_WORK = (1 - ELEPHANTS) * 0.55 * (
+    1 + 4
+) + ELEPHANTS * 2.5 * PARETO_MEAN  # E[cpu duration], vCPU rounds, before scaling
+
+
+class InputError(SystemExit):
+    """A user's mistake in an option or a trace, named in one line, with which it ends the program if not caught."""
 
 
 class Scenario(NamedTuple):
@@ -64,8 +67,8 @@ def draw_scenario(rng, rounds, n_agents, trace=None):
 def load_trace(path):
     """Read a CSV workload trace with the columns arrival_s, duration_s, cpu (vCPU) and memory_gib, sorted by arrival.
 
-    Returns a float array [rows, 4] of these columns. Raises ValueError, naming the line and the column, if the file or a
-    column is missing, there are no rows, or a value is no finite non-negative number or out of order.
+    Returns a float array [rows, 4] of these columns. Raises InputError, naming the line and the column, if the file or
+    a column is missing, there are no rows, or a value is no finite non-negative number or out of order.
     """
     names, values, lines = ("arrival_s", "duration_s", "cpu", "memory_gib"), [], []
 
@@ -80,61 +83,73 @@ def load_trace(path):
             reader = csv.DictReader(file)
             for name in names:
                 if name not in (reader.fieldnames or ()):
-                    raise ValueError(f"trace {path}: line 1 has no column {name}")
+                    raise InputError(f"trace {path}: line 1 has no column {name}")
             for row in reader:
                 values.append([number(row[name]) for name in names])
                 lines.append(reader.line_num)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"trace {path}: {error}") from None
+        raise InputError(f"trace {path}: {error}") from None
     if not values:
-        raise ValueError(f"trace {path}: no rows below the header")
+        raise InputError(f"trace {path}: no rows below the header")
     trace = np.array(values)
     for row, column in np.argwhere(~(np.isfinite(trace) & (trace >= 0)))[:1]:
-        raise ValueError(f"trace {path}: line {lines[row]}: {names[column]} must be a finite number of at least 0")
+        raise InputError(f"trace {path}: line {lines[row]}: {names[column]} must be a finite number of at least 0")
     for row in np.flatnonzero(np.diff(trace[:, 0]) < 0)[:1] + 1:
-        raise ValueError(f"trace {path}: line {lines[row]}: arrival_s is below the row before, the trace is not sorted")
+        raise InputError(f"trace {path}: line {lines[row]}: arrival_s is below the row before, the trace is not sorted")
     return trace
 
 
 class CloudEnv:
-    """`num_envs` worlds of N schedulers as one, with the calls and returns of a Gymnasium vector environment.
+    """`num_envs` worlds of N schedulers as one.
 
-    n_agents: N. rounds: T. load: long-run offered load as a fraction of the fleet's capacity. servers_per_agent: K, cut to
-    M. trace: rows from `load_trace`, or None for synthetic load; trace_part: the (from, to) fractions of it that episodes
-    are cut from. capacity: [M, 2] vCPU and GiB, or None for N servers from `CATALOGUE`, every type equally often.
+    `reset` and `step` are called and return as in a Gymnasium vector environment, without its spaces and autoreset: all
+    worlds end together after T rounds, and then `reset` must be called. Environment e is seeded with seed + e, so that
+    `reset(seed)` and `reset(seed + 1)` share all scenarios but one.
 
-    Agent i reaches the servers (i + offset_k) mod M. The fleet and the offsets depend on N, M and K alone, not on a seed.
-    Raises ValueError if an argument is out of range or the trace too short.
+    n_agents: N. rounds: T. load: long-run offered load as a fraction of the fleet's capacity. servers_per_agent: K, cut
+    to M. trace: a CSV file for `load_trace`, or None for synthetic load. held_out: scenarios from the last 20 % of the
+    trace instead of its first 80 %. capacity: [M, 2] vCPU and GiB, or None for N servers from `CATALOGUE`, every type
+    equally often.
+
+    Agent i reaches the servers (i + offset_k) mod M. Fleet and offsets depend on N, M and K alone, not on a seed.
+    `constants` is what the analytical model needs beside a round's own quantities: "capacity" [M, 2], "reach" [N, K].
+    Raises InputError if an option is out of range or the trace too short, ValueError if `capacity` has another shape.
     """
 
-    def __init__(self, num_envs, n_agents, rounds=100, load=0.8, servers_per_agent=8, trace=None, trace_part=(0, 1), capacity=None):
-        for name in ("num_envs", "n_agents", "rounds", "servers_per_agent"):
-            if locals()[name] < 1:
-                raise ValueError(f"{name} must be at least 1, not {locals()[name]}")
+    def __init__(
+        self, num_envs, n_agents, rounds=100, load=0.8, servers_per_agent=8, trace=None, held_out=False, capacity=None
+    ):
         if not 0 < load < math.inf:
-            raise ValueError(f"load must be above 0, not {load}")
+            raise InputError(f"load must be above 0, not {load}")
+        if min(num_envs, n_agents, rounds, servers_per_agent) < 1:
+            raise InputError("num_envs, n_agents, rounds and servers_per_agent must each be at least 1")
         self.num_envs, self.n_agents, self.rounds = num_envs, n_agents, rounds
         rng = np.random.default_rng(0)
         if capacity is None:  # shuffled catalogues, the last one cut short
             capacity = CATALOGUE[np.concatenate([rng.permutation(12) for _ in range(0, n_agents, 12)])[:n_agents]]
-        self.capacity = np.asarray(capacity, dtype=float)  # [M, 2]
+        self.capacity = np.array(capacity, dtype=float)
+        if self.capacity.ndim != 2 or self.capacity.shape[1] != 2:
+            raise ValueError(f"capacity must be [M, 2], vCPU and GiB of each server, not {list(self.capacity.shape)}")
         self.n_servers = len(self.capacity)
         offsets = rng.permutation(self.n_servers)[:servers_per_agent]
         self.reach = (np.arange(n_agents)[:, None] + offsets) % self.n_servers  # [N, K]
+        self.constants = {"capacity": self.capacity.copy(), "reach": self.reach.copy()}
+        self.t = self.trace = None  # no round yet: call reset
 
         work = CPU_WORK * np.array([1, GIB_PER_VCPU.mean()])  # E[demand duration] of a task
         if trace is not None:
-            first, last = (round(len(trace) * fraction) for fraction in trace_part)
-            needed = n_agents * (rounds + 1)
-            if last - first < needed:
-                raise ValueError(f"trace too short: n_agents x (rounds + 1) = {needed} rows needed, {last - first} in this part of it")
-            seconds = (trace[-1, 0] - trace[0, 0]) / len(trace) * n_agents, trace[:, 1].mean() / MEAN_DURATION
-            if min(*seconds, *(trace[:, 2:] * trace[:, 1:2]).sum(0)) <= 0:
-                raise ValueError("trace has no work: arrivals all at once, or nothing but zeros for duration_s, cpu or memory_gib")
-            trace = trace / [*seconds, 1, 1]  # a round is the mean time that N arrivals take; durations as in synthetic load
-            work = (trace[:, 2:] * trace[:, 1:2]).mean(0)
-            trace = trace[first:last]
-        self.trace = trace
+            rows = load_trace(trace)
+            seconds = (rows[-1, 0] - rows[0, 0]) / len(rows) * n_agents, rows[:, 1].mean() / MEAN_DURATION
+            if min(*seconds, *(rows[:, 2:] * rows[:, 1:2]).sum(0)) <= 0:
+                raise InputError(f"trace {trace}: all arrivals at once, or duration_s, cpu or memory_gib all 0")
+            # a round is the mean time that N arrivals take; durations as in synthetic load
+            rows = rows / [*seconds, 1, 1]
+            work = (rows[:, 2:] * rows[:, 1:2]).mean(0)
+            cut, needed = round(0.8 * len(rows)), n_agents * (rounds + 1)
+            self.trace = rows[cut:] if held_out else rows[:cut]
+            if len(self.trace) < needed:
+                part = f"its {'last 20' if held_out else 'first 80'} % has {len(self.trace)} rows"
+                raise InputError(f"trace {trace}: {part}, n_agents x (rounds + 1) = {needed} are needed")
         self.demand_scale = load * self.capacity.sum(0) / (n_agents * work)  # N arrivals a round, Little's law
         self._rngs = [np.random.default_rng() for _ in range(num_envs)]
 
@@ -143,22 +158,29 @@ class CloudEnv:
 
         seed: environment e is seeded with seed + e; None goes on with its generator.
         options: {"scenarios": [one `Scenario` per environment]} sets them instead, their demands taken as they are.
+        Raises ValueError on other options, or scenarios of the wrong number or shape.
         """
+        E, N, T = self.num_envs, self.n_agents, self.rounds
         if seed is not None:
-            self._rngs = [np.random.default_rng(seed + e) for e in range(self.num_envs)]
-        if options:
+            self._rngs = [np.random.default_rng(seed + e) for e in range(E)]
+        scale = self.demand_scale
+        if not options:
+            scenarios = [draw_scenario(rng, T, N, self.trace) for rng in self._rngs]
+        elif set(options) == {"scenarios"}:
             scenarios, scale = options["scenarios"], 1
         else:
-            scenarios, scale = [draw_scenario(rng, self.rounds, self.n_agents, self.trace) for rng in self._rngs], self.demand_scale
-        E, N, T = self.num_envs, self.n_agents, self.rounds
+            raise ValueError(f"reset knows the option 'scenarios' alone, not {sorted(options)}")
+        shapes = [tuple(np.shape(part) for part in scenario) for scenario in scenarios]
+        if shapes != [((T + 1, N, 2), (T + 1, N), (T,))] * E:
+            raise ValueError(f"reset needs {E} scenarios of demand [{T + 1}, {N}, 2] and so on, not {shapes}")
         # task (t, e, i) has the number (t E + e) N + i, so that the tasks of a round are neighbours
         self.demand = np.stack([s.demand for s in scenarios], 1) * scale
         self.duration = np.stack([s.duration for s in scenarios], 1)
         self.delta = np.stack([s.delta for s in scenarios], 1)
-        assert self.demand.shape == (T + 1, E, N, 2) and self.duration.shape == (T + 1, E, N) and self.delta.shape == (T, E)
         self.offered_load = self._offered_load()  # [T + 1, E, 2]
         self.work_left = self.duration.flatten()  # of every task, in rounds of service
-        self._weight = np.divide(1, self.work_left, out=np.zeros_like(self.work_left), where=self.work_left > 0)  # 1/duration
+        # 1/duration, 0 for a task without any
+        self._weight = np.divide(1, self.work_left, out=np.zeros_like(self.work_left), where=self.work_left > 0)
         self._server = np.zeros(len(self.work_left), dtype=np.int64)  # e M + n of every task that is placed
         self._live = np.zeros(0, dtype=np.int64)  # the tasks that are placed and not done
         self.x = np.zeros((E, self.n_servers, 2))  # utilisation now
@@ -170,48 +192,49 @@ class CloudEnv:
         start = np.concatenate([np.zeros((1, self.num_envs)), self.delta.cumsum(0)])  # [T + 1, E]
         change = self.demand.sum(2)
         for e in range(self.num_envs):
-            leaves = np.searchsorted(start[:, e], (start[:, e, None] + self.duration[:, e]).ravel())  # first round without it
+            ends = start[:, e, None] + self.duration[:, e]
+            leaves = np.searchsorted(start[:, e], ends.ravel())  # the first round without it
             for resource in range(2):
-                change[:, e, resource] -= np.bincount(leaves, self.demand[:, e, :, resource].ravel(), self.rounds + 2)[:-1]
+                gone = np.bincount(leaves, self.demand[:, e, :, resource].ravel(), self.rounds + 2)
+                change[:, e, resource] -= gone[:-1]
         return change.cumsum(0).clip(0)
 
     def _observe(self, **played):
-        self.z = self.demand[self.t][:, :, None] / self.capacity[self.reach]  # [E, N, K, 2]
-        obs = np.empty((*self.z.shape[:3], OBS_FEATURES), dtype=np.float32)
+        z = self.demand[self.t][:, :, None] / self.capacity[self.reach]  # [E, N, K, 2]
+        obs = np.empty((*z.shape[:3], 7), dtype=np.float32)
         obs[..., 0:2] = np.log1p(self.x)[:, self.reach]
-        obs[..., 2:4] = self.z
+        obs[..., 2:4] = z
         obs[..., 4:6] = np.log(self.capacity)[self.reach]
         obs[..., 6] = np.log(self.duration[self.t].clip(1e-3))[:, :, None]
         offered = self.offered_load[self.t] / self.capacity.sum(0)
         state = np.concatenate([self.x.reshape(self.num_envs, -1), offered], 1).astype(np.float32)
-        return obs, {"state": state, **played}
+        return obs, {"state": state, "played": played}
 
     def step(self, actions):
         """Place every agent's task on the `actions`-th of its reachable servers, and serve until the next round.
 
-        actions: [E, N] integers in [0, K). Returns obs [E, N, K, F], reward [E], terminated [E] (never), truncated [E] (after
-        round T: bootstrap from this observation) and info: "state" [E, 2M + 2], the global state that belongs to obs (all x,
-        offered load per capacity), and of the round just played "x" [E, M, 2] (utilisation right after the joint action),
-        "demand" [E, N, 2] (vCPU, GiB), "z" [E, N, K, 2] (what each possible action would add to its server's x) and
-        "L" [E, 2] (offered load; vCPU, GiB).
-        """
-        actions = np.asarray(actions)
-        assert actions.shape == (self.num_envs, self.n_agents), actions.shape
-        assert actions.min() >= 0 and actions.max() < self.reach.shape[1], "an action outside [0, K)"
-        return self.place(self.reach[np.arange(self.n_agents), actions])
+        actions: [E, N] integers in [0, K). Returns obs [E, N, K, F], F = 7: log(1 + x), z, log capacity, log duration;
+        reward [E]; terminated [E] (never), truncated [E] (after round T: bootstrap from this observation) and info.
 
-    def place(self, servers):
-        """`step` with server numbers [E, N], in the agents' reach or not."""
-        assert self.t < self.rounds, "the episode is over: call reset"
-        E, N, M, t = self.num_envs, self.n_agents, self.n_servers, self.t
+        info["state"] [E, 2M + 2]: the global state that belongs to obs: all x, offered load per capacity.
+        info["played"]: of the round just played (empty after `reset`) "x" [E, M, 2], utilisation right after the joint
+        action, "demand" [E, N, 2] and "offered_load" [E, 2], both in vCPU and GiB.
+        Raises ValueError on actions of the wrong shape, type or range, RuntimeError before `reset` and after the end.
+        """
+        E, N, M, K, t = self.num_envs, self.n_agents, self.n_servers, self.reach.shape[1], self.t
+        if t is None or t == self.rounds:
+            raise RuntimeError("the episode is over or has not begun: call reset")
+        actions = np.asarray(actions)
+        if actions.shape != (E, N) or actions.dtype.kind not in "iu" or actions.min() < 0 or actions.max() >= K:
+            raise ValueError(f"actions must be integers [{E}, {N}] from 0 to {K - 1}, not {actions.dtype} {actions}")
         tasks = np.arange(t * E * N, (t + 1) * E * N)
-        self._server[tasks] = (servers + M * np.arange(E)[:, None]).ravel()
+        self._server[tasks] = (self.reach[np.arange(N), actions] + M * np.arange(E)[:, None]).ravel()
         live = np.concatenate([self._live, tasks])
         x = self._utilisation(live)
         reward = self._serve(live, x.reshape(E * M, 2), self.delta[t].repeat(M))
         self.x = self._utilisation(self._live)
         self.t += 1
-        obs, info = self._observe(x=x, demand=self.demand[t], z=self.z, L=self.offered_load[t])
+        obs, info = self._observe(x=x, demand=self.demand[t].copy(), offered_load=self.offered_load[t].copy())
         return obs, reward, np.zeros(E, dtype=bool), np.full(E, self.t == self.rounds), info
 
     def _utilisation(self, live):
@@ -223,9 +246,9 @@ class CloudEnv:
     def _serve(self, live, x, delta):
         """Processor sharing for `delta` [E M], exactly: all tasks on a server progress at rate 1/max(1, x_cpu, x_mem).
 
-        As they progress alike, they end in the order of their work left, w_1 ≤ w_2 ≤ …, and between the ends k and k+1 the
-        slowdown s_k is constant. Until end k a task loses lost_k = Σ_{j<k} (w_{j+1} − w_j)(s_j − 1). Only tasks with w ≤ Δ can
-        end. Returns the reward [E], −(1/N) Σ_tasks (time not served)/duration.
+        As they progress alike, they end in the order of their work left, w_1 ≤ w_2 ≤ …, and between the ends k and k+1
+        the slowdown s_k is constant. Until end k a task loses lost_k = Σ_{j<k} (w_{j+1} − w_j)(s_j − 1). Only tasks
+        with w ≤ Δ can end. Returns the reward [E], −(1/N) Σ_tasks (time not served)/duration.
         """
         server, work = self._server[live], self.work_left[live]
         ends = work <= delta[server]
@@ -261,7 +284,7 @@ class CloudEnv:
 
     @functools.cached_property
     def turns(self):
-        """The agents in groups that share no reachable server, for `best_fit`: a group's members cannot affect each other."""
+        """The agents in groups that share no reachable server, for `best_fit`: none can affect another of its group."""
         turns, waiting = [], range(self.n_agents)
         while len(waiting):
             taken, turn = set(), []
@@ -275,60 +298,29 @@ class CloudEnv:
 
 
 def random_policy(env, obs=None):
-    """Each agent's server drawn uniformly from those it reaches, the same draws in every episode; server numbers [E, N]."""
-    actions = np.random.default_rng(env.t).integers(env.reach.shape[1], size=(env.num_envs, env.n_agents))
-    return env.reach[np.arange(env.n_agents), actions]
+    """Uniform actions [E, N], the same draws in every episode."""
+    return np.random.default_rng(env.t).integers(env.reach.shape[1], size=(env.num_envs, env.n_agents))
 
 
-def best_fit(env, obs=None, all_servers=False):
-    """Best-Fit: each agent in turn, seeing the placements already made in this round; server numbers [E, N].
+def best_fit(env, obs=None):
+    """Best-Fit: each agent in turn, seeing the placements already made in this round. Returns actions [E, N].
 
     Of the agent's reachable servers that its task fits on, the one with the least capacity left (vCPU and GiB, each in
     units of the fleet's mean server, added); if it fits nowhere, the least overloaded one (by its scarcer resource).
-    all_servers: choose among all M, as a central scheduler would, out of reach of any decentralised policy.
+    With `servers_per_agent` = N it is the central scheduler that no decentralised policy reaches.
     """
-    # a turn is several agents at once where they share no server
-    turns, reach = (np.arange(env.n_agents)[:, None], None) if all_servers else (env.turns, env.reach)
-    capacity, demand = env.capacity.T.astype(np.float32), np.moveaxis(env.demand[env.t], 2, 0).astype(np.float32)  # [2, M], [2, E, N]
-    free = np.moveaxis((1 - env.x) * env.capacity, 2, 0).astype(np.float32, order="C")  # [2, E, M]
-    units = capacity.mean(1)[:, None, None]
-    left = (free / units).sum(0)  # [E, M]: a task takes the same off it on every server, so it ranks them for all tasks
-    servers = np.empty((env.num_envs, env.n_agents), dtype=np.int64)
+    demand, units = env.demand[env.t], env.capacity.mean(0)
+    free = (1 - env.x) * env.capacity  # [E, M, 2]
+    actions = np.empty((env.num_envs, env.n_agents), dtype=np.int64)
     every = np.arange(env.num_envs)[:, None]
-    for agents in turns:
-        need = demand[:, :, agents]  # [2, E, G]
-        near = None if all_servers else reach[agents]  # [G, K]
-        room, rank = (free[:, :, None], left[:, None]) if all_servers else (free[:, :, near], left[:, near])
-        fits = (room[0] >= need[0, :, :, None]) & (room[1] >= need[1, :, :, None])  # [E, G, K]
-        choice = np.where(fits, rank, np.float32(np.inf)).argmin(-1)
+    for agents in env.turns:  # a turn is several agents at once where they share no server
+        near = env.reach[agents]  # [G, K]
+        room = free[:, near]  # [E, G, K, 2]; a task takes the same off `room` on every server, so it ranks them for all
+        left = room - demand[:, agents, None]
+        fits = (left[..., 0] >= 0) & (left[..., 1] >= 0)
+        choice = np.where(fits, room @ (1 / units), np.inf).argmin(-1)
         e, g = np.nonzero(~fits.any(-1))
-        if len(e):
-            size = capacity[:, None] if all_servers else capacity[:, near[g]]
-            choice[e, g] = ((need[:, e, g, None] - room[:, e, g]) / size).max(0).argmin(-1)
-        servers[:, agents] = choice if all_servers else near[np.arange(len(agents)), choice]
-        free[:, every, servers[:, agents]] -= need
-        left[every, servers[:, agents]] -= (need / units).sum(0)
-    return servers
-
-
-best_fit_global = functools.partial(best_fit, all_servers=True)
-
-
-def evaluate(env, policy, seed, scenarios=None):
-    """Run `policy(env, obs) -> server numbers [E, N]` for one episode of each of the scenarios of `seed`.
-
-    scenarios: their number, `env.num_envs` of them at a time; by default as many.
-    Returns the undiscounted returns [scenarios], and of the first scenario x_t − L_t/ΣC, utilisation minus the fleet's offered
-    load, [T, M, 2].
-    """
-    E = env.num_envs
-    returns, excess = np.zeros(scenarios or E), np.empty((env.rounds, env.n_servers, 2))
-    assert len(returns) % E == 0, "a part of the environments would have no scenario"
-    for first in range(0, len(returns), E):
-        obs, _ = env.reset(seed=seed + first)
-        for t in range(env.rounds):
-            obs, reward, _, _, info = env.place(policy(env, obs))
-            returns[first : first + E] += reward
-            if first == 0:
-                excess[t] = info["x"][0] - info["L"][0] / env.capacity.sum(0)
-    return returns, excess
+        choice[e, g] = (left[e, g] / env.capacity[near[g]]).min(-1).argmax(-1)
+        actions[:, agents] = choice
+        free[every, near[np.arange(len(agents)), choice]] -= demand[:, agents]
+    return actions

@@ -1,10 +1,13 @@
-"""What each part of DG-PG brings, at N = 50 and 200. Writes results/ablations.csv (a run that is there is not repeated)."""
+"""What each part of DG-PG brings, at N = 50 and 200.
+
+Writes results/ablations.csv (a run that is there is not repeated), and prints the table.
+"""
 
 from dataclasses import dataclass
 
 import tyro
 from altered import VARIANTS
-from runs import RESULTS, curves, read, shown, sweep
+from runs import RESULTS, curves, head, read, shown, sweep
 
 CHANGES = [
     "",
@@ -20,12 +23,9 @@ CHANGES = [
 
 @dataclass
 class Args:
-    seeds: tuple[int, int] = (3, 3)
-    """seeds at N = 50 and at N = 200"""
-    workers: int = 2
-    """runs side by side, one thread each"""
-    only_show: bool = False
-    """only the table, of the runs that are there"""
+    seeds: tuple[int, int] = (3, 3)  # seeds at N = 50 and at N = 200
+    workers: int = 2  # runs side by side, one thread each
+    only_show: bool = False  # only the table, of the runs that are there
 
 
 def main(args):
@@ -39,7 +39,7 @@ def main(args):
     rows = read(RESULTS / "ablations.csv") if args.only_show else sweep("ablations", jobs, args.workers)
     best_fit = {(row["n_agents"], row["options"]): row["best_fit"] for row in rows}
     found = {(n, options): seeds for (_, n, options), seeds in curves(rows).items()}
-    print("| N | change | cost ratio after 10 episodes | 20 | Best-Fit's return |\n|---|---|---|---|---|")
+    head("N", "change", "cost ratio after 10 episodes", "20", "Best-Fit's return")
     for (n, options), seeds in sorted(found.items(), key=lambda item: item[0][0]):
         means = [shown([ratios[k] for _, ratios in seeds.values()]) for k in (0, 1)]
         change = options.removeprefix("--eval-every 10").strip() or "none"

@@ -1,4 +1,4 @@
-"""MAPPO and IPPO, one actor for all and one per agent, beside DG-PG: episodes until the first evaluation at Best-Fit over N.
+"""MAPPO and IPPO, one actor for all and one per agent, beside DG-PG: episodes until first at Best-Fit, over N.
 
 Writes results/baselines.csv (a run that is there is not repeated) and baselines.svg, and prints the table. DG-PG's runs
 with a shared actor come from results/scaling.csv.
@@ -7,7 +7,7 @@ with a shared actor come from results/scaling.csv.
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from runs import RESULTS, Args, curves, listed, reached, read, save, slope, sweep
+from runs import RESULTS, Args, curves, head, listed, reached, read, save, slope, sweep
 
 SHARED, OWN = "", "--no-share-parameters"
 ANNEALED = "--anneal-lr"
@@ -17,7 +17,11 @@ NAMES = {"dgpg": "DG-PG", "mappo": "MAPPO", "ippo": "IPPO"}
 # script, options, N, episodes, seeds; 504 is the paper's 500 as a multiple of 8
 FORMER = [  # with the settings EARLIER
     *((script, SHARED, n, episodes, (1, 2, 3)) for n, episodes in ((2, 640), (5, 1600), (200, 504)) for script in BOTH),
-    *((script, OWN, n, episodes, (1, 2, 3)) for n, episodes in ((2, 1600), (5, 8000), (10, 10_000), (20, 4000), (50, 4000), (200, 504)) for script in BOTH),
+    *(
+        (script, OWN, n, episodes, (1, 2, 3))
+        for n, episodes in ((2, 1600), (5, 8000), (10, 10_000), (20, 4000), (50, 4000), (200, 504))
+        for script in BOTH
+    ),
     *((script, SHARED, 10, 4000, (1,)) for script in BOTH),
     *(("mappo.py", SHARED, n, episodes, (1,)) for n, episodes in ((20, 4000), (50, 10_000))),
     ("mappo.py", SHARED, 10, 2400, (2, 3)),
@@ -26,12 +30,19 @@ FORMER = [  # with the settings EARLIER
     ("ippo.py", SHARED, 50, 504, (1, 2, 3)),
 ]
 PLAN = [
-    *((script, SHARED, n, episodes, (1, 2, 3)) for n, episodes in ((2, 640), (5, 1600), (10, 4000), (20, 4000), (200, 504)) for script in BOTH),
+    *(
+        (script, SHARED, n, episodes, (1, 2, 3))
+        for n, episodes in ((2, 640), (5, 1600), (10, 4000), (20, 4000), (200, 504))
+        for script in BOTH
+    ),
     ("mappo.py", SHARED, 50, 10_000, (1, 2, 3)),
     ("ippo.py", SHARED, 50, 4000, (1, 2, 3)),
     *((script, OWN, 5, 1600, (1, 2, 3)) for script in BOTH),
     *((script, OWN, n, 4000, (1,)) for n in (10, 20) for script in BOTH),
-    *(("mappo.py", ANNEALED, n, episodes, (1, 2, 3)) for n, episodes in ((2, 640), (5, 1600), (10, 2400), (20, 4000), (50, 4000))),
+    *(
+        ("mappo.py", ANNEALED, n, episodes, (1, 2, 3))
+        for n, episodes in ((2, 640), (5, 1600), (10, 2400), (20, 4000), (50, 4000))
+    ),
     ("ippo.py", ANNEALED, 50, 4000, (1,)),
     *((script, f"{options} {EARLIER}".strip(), *rest) for script, options, *rest in FORMER),
 ]
@@ -52,11 +63,12 @@ def main(args):
         settings = next((settings for settings in (ANNEALED, EARLIER) if settings in options), "defaults")
         groups.setdefault((settings, script[: -len(".py")], OWN in options, n), {}).update(seeds)
 
-    columns = ("actor", "N", "first at Best-Fit", "stays there from", "cost ratio after 480 episodes", "1,600", "4,000", "at the end", "after")
+    columns = ["actor", "N", "first at Best-Fit", "stays there from", "cost ratio after 480 episodes", "1,600", "4,000"]
     points = {}
     for settings in ("defaults", ANNEALED, EARLIER):
         title = settings if settings == "defaults" else f"`{settings}`"
-        print(f"\n| {title} | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
+        print()
+        head(title, *columns, "at the end", "after")
         for (_, name, own, n), seeds in sorted(item for item in groups.items() if item[0][0] == settings):
             seeds = [seeds[seed] for seed in sorted(seeds)]
             actor = "one per agent" if own else "shared"
@@ -67,7 +79,8 @@ def main(args):
             ratios = [", ".join(f"{ratio:.2f}" for e, r in seeds for ratio in r[e == k]) for k in (480, 1600, 4000)]
             ratios.append(", ".join(f"{r[-1]:.2f}" for _, r in seeds))
             budget = listed(budgets if len(set(budgets)) > 1 else budgets[:1])
-            print(f"| {NAMES[name]} | {actor} | {n} | {' | '.join([listed(first), listed(stays), *ratios])} | {budget} |")
+            cells = (NAMES[name], actor, str(n), listed(first), listed(stays), *ratios, budget)
+            print(f"| {' | '.join(cells)} |")
 
     figure, axes = plt.subplots(figsize=(7, 4))
     for k, (label, group) in enumerate(points.items()):
@@ -82,7 +95,8 @@ def main(args):
         beside = n * 1.07 ** (k - 2)  # so that no algorithm hides another
         axes.loglog(beside[there], episodes[there], "o", ms=4, color=f"C{k}", label=label)
         axes.loglog(beside[~there], budget[~there], "x", ms=6, color=f"C{k}")
-    axes.set(xlabel="agents N", ylabel="episodes until first at Best-Fit", title="× : not reached within that many episodes")
+    axes.set(xlabel="agents N", ylabel="episodes until first at Best-Fit")
+    axes.set_title("× : not reached within that many episodes")
     axes.set_ylim(1, 2e5)  # room for the legend
     axes.legend(fontsize=8, ncols=2, loc="upper center")
     save(figure, "baselines")

@@ -1,7 +1,7 @@
-"""An actor trained at N = 50, put to work elsewhere: at other N, on a real trace, at other loads; the latter trained both ways.
+"""An actor trained at N = 50, put to work elsewhere: at other N, at other loads, on a real trace and from it.
 
-Needs a trace of real workload (columns in the README) for the trace rows: `python benchmark/generalisation.py --trace FILE.csv`.
-Writes results/generalisation.csv (a run that is there is not repeated); the trained actors stay in runs/generalisation/.
+The trace rows need a trace of real workload (columns in the README): `python benchmark/generalisation.py --trace FILE`.
+Writes results/generalisation.csv (a run that is there is not repeated); the actors stay in runs/generalisation/.
 """
 
 import pathlib
@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import dataclass
 
 import tyro
-from runs import ROOT, curves, shown, sweep
+from runs import ROOT, curves, head, shown, sweep
 
 ACTORS = ROOT / "runs" / "generalisation"
 SIZES = (5, 10, 20, 50, 100, 200, 500, 1000, 1500)
@@ -21,12 +21,9 @@ LOADS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 
 @dataclass
 class Args:
-    trace: str | None = None
-    """a CSV file of real workload"""
-    seeds: int = 3
-    """actors to train, seeds 1, 2, …"""
-    workers: int = 2
-    """evaluations side by side, one thread each"""
+    trace: str | None = None  # a CSV file of real workload
+    seeds: int = 3  # actors to train, seeds 1, 2, …
+    workers: int = 2  # evaluations side by side, one thread each
 
 
 def trained(seed, trace):
@@ -35,10 +32,11 @@ def trained(seed, trace):
     if not actor.exists():
         print(f"training {actor.name}, about half a minute", flush=True)
         ACTORS.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(ROOT / "dgpg.py"), "--save-model", "--seed", str(seed), "--eval-every", "20"]
+        command = [sys.executable, str(ROOT / "dgpg.py"), "--seed", str(seed), "--eval-every", "20"]
+        command += ["--trace", trace.format(root=ROOT)] if trace else []
         with tempfile.TemporaryDirectory() as folder:
-            subprocess.run(command + (["--trace", trace.format(root=ROOT)] if trace else []), cwd=folder, check=True, stdout=subprocess.DEVNULL)
-            shutil.copy(next(pathlib.Path(folder).glob("runs/*/dgpg.pt")), actor)
+            subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+            shutil.copy(next(pathlib.Path(folder).glob("runs/*/checkpoint.pt")), actor)
     return f"{{root}}/{actor.relative_to(ROOT)}"
 
 
@@ -61,7 +59,7 @@ def main(args):
         for seed in range(1, args.seeds + 1)
     }
     found = curves(sweep("generalisation", list(jobs.values()), args.workers))
-    print("| trained at N = 50 on → evaluated on | cost ratio |\n|---|---|")
+    head("trained at N = 50 on → evaluated on", "cost ratio")
     for name, *_ in settings:
         values = []
         for seed in range(1, args.seeds + 1):

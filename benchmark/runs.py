@@ -1,4 +1,4 @@
-"""What the benchmarks share: run the scripts through their command lines, one CSV row per evaluation, and read them again.
+"""What the benchmarks share: run the scripts by their command lines, a CSV row per evaluation, and read them again.
 
 Rows are appended when a run has ended, and a run whose rows are there is not repeated: an interrupted sweep goes on.
 """
@@ -20,16 +20,17 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules that the benchmarks import
 RESULTS = ROOT / "benchmark" / "results"
-FIELDS = ["script", "n_agents", "seed", "options", "episode", "return", "score", "cost_ratio", "best_fit", "random", "seconds", "peak_mib"]
-T_975 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # quantile 0.975 of Student's t by degrees of freedom
+FIELDS = ["script", "n_agents", "seed", "options", "episode", "return", "score", "cost_ratio"]
+FIELDS += ["best_fit", "random", "seconds", "peak_mib"]
+# quantile 0.975 of Student's t for 1 … 19 degrees of freedom; above, the last one is at most 7 % too large
+T_975 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23]
+T_975 += [2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09]
 
 
 @dataclass
 class Args:
-    workers: int = 2
-    """runs side by side, one thread each"""
-    only_show: bool = False
-    """only what is made of the runs that are there"""
+    workers: int = 2  # runs side by side, one thread each
+    only_show: bool = False  # only what is made of the runs that are there
 
 
 def read(path):
@@ -37,7 +38,10 @@ def read(path):
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [{name: value if name in ("script", "options") else float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return [
+            {name: value if name in ("script", "options") else float(value) for name, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
 
 
 def run(script, n_agents, seed, options):
@@ -45,7 +49,8 @@ def run(script, n_agents, seed, options):
 
     {root} in the options stands for the repository's folder.
     """
-    command = [sys.executable, str(ROOT / script), "--n-agents", str(n_agents), "--seed", str(seed), *shlex.split(options.format(root=ROOT))]
+    options_of_run = f"--n-agents {n_agents} --seed {seed} {options}".format(root=ROOT)
+    command = [sys.executable, str(ROOT / script), *shlex.split(options_of_run)]
     with tempfile.TemporaryDirectory() as folder:
         start = time.time()
         with open(f"{folder}/out", "w+") as out:
@@ -57,9 +62,10 @@ def run(script, n_agents, seed, options):
     if process.returncode:
         raise RuntimeError(f"{shlex.join(command)} ended with status {process.returncode}")
     final = dict(word.split("=") for word in lines[-1].split()[1:])
-    common = dict(script=script, n_agents=n_agents, seed=seed, options=options, best_fit=final["best_fit"], random=final["random"])
+    common = dict(script=script, n_agents=n_agents, seed=seed, options=options)
+    common.update(best_fit=final["best_fit"], random=final["random"])
     common.update(seconds=f"{time.time() - start:.1f}", peak_mib=usage.ru_maxrss // 1024)
-    table = [line.split() for line in lines if line.split()[0].isdigit()]
+    table = [words for words in map(str.split, lines) if words and words[0].isdigit()]
     return [{**common, **dict(zip(("episode", "return", "score", "cost_ratio", "sps"), row))} for row in table]
 
 
@@ -86,8 +92,9 @@ def sweep(name, jobs, workers):
             script, n_agents, seed, options = job
             last = rows[-1]
             print(
-                f"{len(ended):4d}/{len(missing)} {script} N={n_agents} seed={seed} {options}: cost ratio {last['cost_ratio']} "
-                f"after {last['episode']} episodes, {last['seconds']} s; {left / 60:.0f} min left",
+                f"{len(ended):4d}/{len(missing)} {script} N={n_agents} seed={seed} {options}: "
+                f"cost ratio {last['cost_ratio']} after {last['episode']} episodes, {last['seconds']} s; "
+                f"{left / 60:.0f} min left",
                 flush=True,
             )
 
@@ -101,13 +108,13 @@ def curves(rows):
     """{(script, n_agents, options): {seed: (episodes [P], cost ratios [P])}}."""
     found = {}
     for row in rows:
-        points = found.setdefault((row["script"], int(row["n_agents"]), row["options"]), {}).setdefault(int(row["seed"]), [])
-        points.append((row["episode"], row["cost_ratio"]))
+        seeds = found.setdefault((row["script"], int(row["n_agents"]), row["options"]), {})
+        seeds.setdefault(int(row["seed"]), []).append((row["episode"], row["cost_ratio"]))
     return {key: {seed: np.array(points).T for seed, points in seeds.items()} for key, seeds in found.items()}
 
 
 def reached(episodes, ratios, stays=True):
-    """Episodes at the first evaluation at or above Best-Fit (cost ratio ≤ 1), from which on all are if it `stays`; NaN: never."""
+    """Episodes at the first evaluation with cost ratio ≤ 1, from where on all have it if it `stays`; NaN: never."""
     below = np.logical_and.accumulate(ratios[::-1] <= 1)[::-1] if stays else ratios <= 1
     return episodes[below.argmax()] if below.any() else np.nan
 
@@ -120,14 +127,21 @@ def listed(episodes):
 def interval(values):
     """Mean and half the width of its 95 % confidence interval (Student's t); the latter NaN for one value."""
     values = np.asarray(values, dtype=float)
-    half = T_975[len(values) - 1] * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
-    return values.mean(), half
+    if len(values) == 1:
+        return values[0], np.nan
+    quantile = T_975[min(len(values) - 1, len(T_975)) - 1]
+    return values.mean(), quantile * values.std(ddof=1) / len(values) ** 0.5
 
 
 def shown(values):
     """Their `interval` as text; the mean alone of one value."""
     mean, half = interval(values)
     return f"{mean:.2f} ± {half:.2f}" if len(values) > 1 else f"{mean:.2f}"
+
+
+def head(*columns):
+    """Print the head of a Markdown table."""
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
 
 
 def slope(x, y):

@@ -21,7 +21,9 @@ def test_summaries_by_hand(monkeypatch):
     assert runs.listed([80, np.nan, 160.0]) == "80, never, 160"
     n = np.array([5, 10, 50, 200])
     assert runs.slope(n, 3.0 * n**0.7) == pytest.approx((0.7, 0), abs=1e-7)
-    assert runs.slope(np.array([1, np.e, np.e**2]), np.array([1, np.e, 1])) == pytest.approx((0, (2 / 3 / 1 / 2) ** 0.5))
+    assert runs.slope(np.array([1, np.e, np.e**2]), np.array([1, np.e, 1])) == pytest.approx(
+        (0, (2 / 3 / 1 / 2) ** 0.5)
+    )
 
 
 def test_a_sweep_goes_on_where_it_was(monkeypatch, tmp_path):

@@ -4,11 +4,19 @@ import numpy as np
 import pytest
 
 import cloud_env
-from cloud_env import CATALOGUE, EVAL_SEED, CloudEnv, Scenario, best_fit, best_fit_global, evaluate, load_trace, random_policy
+from cloud_env import CATALOGUE, CloudEnv, InputError, Scenario, best_fit, load_trace, random_policy
+from dgpg import evaluate
 
 
 def random_actions(env, rng):
     return rng.integers(env.reach.shape[1], size=(env.num_envs, env.n_agents))
+
+
+def actions_to(env, servers):
+    """The actions [E, N] that lead to `servers` [E, N], which must be in the agents' reach."""
+    found = env.reach == np.asarray(servers)[..., None]
+    assert found.any(-1).all()
+    return found.argmax(-1)
 
 
 def slow_episode(scenario, capacity, servers):
@@ -24,7 +32,10 @@ def slow_episode(scenario, capacity, servers):
         return x
 
     for t, left_of_slot in enumerate(scenario.delta):
-        tasks += [[servers[t][i], scenario.duration[t, i], scenario.demand[t, i], scenario.duration[t, i]] for i in range(n_agents)]
+        tasks += [
+            [servers[t][i], scenario.duration[t, i], scenario.demand[t, i], scenario.duration[t, i]]
+            for i in range(n_agents)
+        ]
         states.append(utilisation())
         rewards.append(0.0)
         while left_of_slot > 1e-12:
@@ -49,23 +60,23 @@ def test_two_servers_four_tasks_by_hand():
     )
     env.reset(options={"scenarios": [scenario]})
     # both on server 0: x_cpu = 2 until the first ends at time 2, having lost 1; the second goes on alone, lost 1, 1 left
-    _, reward, terminated, truncated, info = env.place(np.array([[0, 0]]))
-    np.testing.assert_allclose(info["x"][0], [[2, 0.5], [0, 0]])
+    _, reward, terminated, truncated, info = env.step(actions_to(env, [[0, 0]]))
+    np.testing.assert_allclose(info["played"]["x"][0], [[2, 0.5], [0, 0]])
     np.testing.assert_allclose(reward, -(1 / 1 + 1 / 3) / 2)
     np.testing.assert_allclose(env.x[0], [[1, 0.25], [0, 0]])
     np.testing.assert_allclose(env.work_left[:4], [0, 1, 2, 1])
     assert not terminated[0] and not truncated[0]
     # a third joins it: x_cpu = 1.5 for 1.5, each loses 0.5; the fourth is alone on server 1
-    _, reward, terminated, truncated, info = env.place(np.array([[0, 1]]))
-    np.testing.assert_allclose(info["x"][0], [[1.5, 0.75], [0.5, 0.25]])
+    _, reward, terminated, truncated, info = env.step(actions_to(env, [[0, 1]]))
+    np.testing.assert_allclose(info["played"]["x"][0], [[1.5, 0.75], [0.5, 0.25]])
     np.testing.assert_allclose(reward, -(0.5 / 3 + 0.5 / 2) / 2)
     np.testing.assert_allclose(env.x, 0)
     np.testing.assert_allclose(env.work_left[:4], 0)
     assert not terminated[0] and truncated[0]
     # offered load: both of round 0 arrive with 8 vCPU, the second one is just over when round 1 begins
     np.testing.assert_allclose(env.offered_load[:, 0], [[8, 4], [3, 6], [2, 2]])
-    with pytest.raises(AssertionError, match="reset"):
-        env.place(np.array([[0, 0]]))
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(actions_to(env, [[0, 0]]))
 
 
 @pytest.mark.parametrize("load", [0.5, 0.9, 2.0])
@@ -77,7 +88,7 @@ def test_equals_event_by_event_simulation_and_conserves_work(load):
     for action in actions:
         _, reward, _, _, info = env.step(action)
         rewards.append(reward)
-        states.append(info["x"])
+        states.append(info["played"]["x"])
     left = env.work_left.reshape(26, 2, 6)[:25]
     for e in range(2):
         servers = [env.reach[np.arange(6), action[e]] for action in actions]
@@ -103,8 +114,9 @@ def test_environments_together_equal_environments_alone():
             one_obs, one_reward, _, _, one_info = env.step(actions[e : e + 1])
             assert reward[e] == one_reward[0]
             np.testing.assert_array_equal(obs[e], one_obs[0])
-            for name in ("state", "x", "demand", "z", "L"):
-                np.testing.assert_array_equal(info[name][e], one_info[name][0])
+            np.testing.assert_array_equal(info["state"][e], one_info["state"][0])
+            for name in ("x", "demand", "offered_load"):
+                np.testing.assert_array_equal(info["played"][name][e], one_info["played"][name][0])
 
 
 def test_scenario_depends_on_the_seed_and_not_on_the_policy():
@@ -122,8 +134,7 @@ def test_scenario_depends_on_the_seed_and_not_on_the_policy():
 
 
 def test_no_contention_no_cost():
-    returns, _ = evaluate(CloudEnv(3, 20, load=0.01), best_fit, seed=1)
-    assert (returns == 0).all()
+    assert evaluate(CloudEnv(3, 20, load=0.01), best_fit) == 0
 
 
 @pytest.mark.parametrize("load, seconds", [(0.01, 1), (5, 1), (5, 1e6)])
@@ -133,7 +144,7 @@ def test_extremes_stay_finite(load, seconds):
     scenarios = [Scenario(env.demand[:, e], env.duration[:, e] * seconds, env.delta[:, e]) for e in range(2)]
     obs, _ = env.reset(options={"scenarios": scenarios})
     for _ in range(30):
-        obs, reward, _, _, info = env.place(random_policy(env))
+        obs, reward, _, _, info = env.step(random_policy(env))
         assert np.isfinite(obs).all() and np.isfinite(reward).all() and np.isfinite(info["state"]).all()
         assert (reward <= 0).all() and (env.work_left >= -1e-9).all()
 
@@ -142,20 +153,24 @@ def test_zero_durations_and_simultaneous_rounds():
     env = CloudEnv(1, 2, rounds=2, capacity=[[1, 1]])
     demand = np.full((3, 2, 2), 1.0)
     env.reset(options={"scenarios": [Scenario(demand, np.array([[0, 2.0], [2, 2], [1, 1]]), np.array([0.0, 2.0]))]})
-    assert env.place(np.zeros((1, 2), int))[1] == 0  # no time passes; the task without work is gone
+    assert env.step(np.zeros((1, 2), int))[1] == 0  # no time passes; the task without work is gone
     np.testing.assert_allclose(env.x, 1)
-    _, reward, _, _, info = env.place(np.zeros((1, 2), int))
-    np.testing.assert_allclose(info["x"], 3)  # three tasks of duration 2 at a third of the speed for 2
+    _, reward, _, _, info = env.step(np.zeros((1, 2), int))
+    np.testing.assert_allclose(info["played"]["x"], 3)  # three tasks of duration 2 at a third of the speed for 2
     np.testing.assert_allclose(reward, -3 * (2 - 2 / 3) / 2 / 2)
 
 
 def test_offered_load_is_the_utilisation_of_an_endless_fleet():
     drawn, env = CloudEnv(2, 6, rounds=40), CloudEnv(2, 6, rounds=40, capacity=np.full((6, 2), 1e9))
     drawn.reset(seed=3)
-    env.reset(options={"scenarios": [Scenario(drawn.demand[:, e], drawn.duration[:, e], drawn.delta[:, e]) for e in range(2)]})
+    env.reset(
+        options={"scenarios": [Scenario(drawn.demand[:, e], drawn.duration[:, e], drawn.delta[:, e]) for e in range(2)]}
+    )
     for _ in range(40):
-        _, _, _, _, info = env.place(random_policy(env))
-        np.testing.assert_allclose((info["x"] * env.capacity).sum(1), info["L"], rtol=1e-6)
+        _, _, _, _, info = env.step(random_policy(env))
+        np.testing.assert_allclose(
+            (info["played"]["x"] * env.capacity).sum(1), info["played"]["offered_load"], rtol=1e-6
+        )
 
 
 def test_long_run_load_is_the_option():
@@ -167,7 +182,9 @@ def test_long_run_load_is_the_option():
     work = (env.demand * env.duration[..., None])[:-1].sum((0, 1, 2))
     np.testing.assert_allclose(work / env.delta.sum() / env.capacity.sum(0), 0.7, rtol=0.01)
     # the same in the middle of the slots: the offered load of the round less what leaves in half a slot, about 1/20 here
-    offered = (env.offered_load[100:-1] * env.delta[100:, :, None]).sum((0, 1)) / env.delta[100:].sum() / env.capacity.sum(0)
+    offered = (
+        (env.offered_load[100:-1] * env.delta[100:, :, None]).sum((0, 1)) / env.delta[100:].sum() / env.capacity.sum(0)
+    )
     assert (0.7 < offered).all() and (offered < 0.76).all()
 
 
@@ -190,40 +207,41 @@ def test_observation_and_influence():
     obs, _, _, _, _ = env.step(np.zeros((2, 9), int))
     e, i, k = 1, 4, 2
     server, demand = env.reach[i, k], env.demand[1, e, i]
-    expected = [*np.log(1 + env.x[e, server]), *demand / env.capacity[server], *np.log(env.capacity[server]), np.log(env.duration[1, e, i])]
+    expected = [
+        *np.log(1 + env.x[e, server]),
+        *demand / env.capacity[server],
+        *np.log(env.capacity[server]),
+        np.log(env.duration[1, e, i]),
+    ]
     np.testing.assert_allclose(obs[e, i, k], expected, rtol=1e-5)
     _, _, _, _, info = env.step(np.full((2, 9), k))
-    np.testing.assert_allclose(info["z"][e, i, k], demand / env.capacity[server])
-    np.testing.assert_allclose(info["demand"][e, i], demand)
+    np.testing.assert_allclose(info["played"]["demand"][e, i], demand)
 
 
-def place_with(policy, demand, capacity, x=None):
-    """Servers that `policy` chooses in one environment for tasks [N, 2], on servers at utilisation x."""
+def servers_of_best_fit(demand, capacity, x=None):
+    """Servers that it chooses in one environment for tasks [N, 2], on servers at utilisation x."""
     env = CloudEnv(1, len(demand), rounds=1, capacity=capacity)
     tasks = np.stack([np.array(demand, float)] * 2)
     env.reset(options={"scenarios": [Scenario(tasks, np.ones(tasks.shape[:2]), np.ones(1))]})
     if x is not None:
         env.x[0] = x
-    return policy(env)[0], env
+    return env.reach[np.arange(env.n_agents), best_fit(env)[0]], env
 
 
 def test_best_fit_takes_the_tightest_server_that_fits():
     capacity = [[8, 8], [4, 4], [2, 2]]
-    for policy in (best_fit, best_fit_global):
-        assert place_with(policy, [[1, 1]], capacity)[0] == [2]
-        assert place_with(policy, [[3, 1]], capacity)[0] == [1]  # CPU does not fit on 2
-        assert place_with(policy, [[1, 5]], capacity)[0] == [0]  # memory fits on 0 only
-        assert place_with(policy, [[1, 1]], capacity, x=[[0, 0], [0, 0], [0.9, 0]])[0] == [1]
-        # nowhere: 9/8 of server 0, 9/4 and 9/2 of the others
-        assert place_with(policy, [[9, 1]], capacity)[0] == [0]
-        assert place_with(policy, [[9, 1]], capacity, x=[[3, 0], [0, 0], [0, 0]])[0] == [1]
+    assert servers_of_best_fit([[1, 1]], capacity)[0] == [2]
+    assert servers_of_best_fit([[3, 1]], capacity)[0] == [1]  # CPU does not fit on 2
+    assert servers_of_best_fit([[1, 5]], capacity)[0] == [0]  # memory fits on 0 only
+    assert servers_of_best_fit([[1, 1]], capacity, x=[[0, 0], [0, 0], [0.9, 0]])[0] == [1]
+    # nowhere: 9/8 of server 0, 9/4 and 9/2 of the others
+    assert servers_of_best_fit([[9, 1]], capacity)[0] == [0]
+    assert servers_of_best_fit([[9, 1]], capacity, x=[[3, 0], [0, 0], [0, 0]])[0] == [1]
 
 
 def test_best_fit_sees_the_placements_of_its_round():
-    for policy in (best_fit, best_fit_global):
-        servers, env = place_with(policy, [[2, 2], [2, 2], [2, 2]], [[8, 8], [4, 4], [2, 2]])
-        order = np.concatenate(env.turns) if policy is best_fit else np.arange(3)
-        assert list(servers[order]) == [2, 1, 1]
+    servers, env = servers_of_best_fit([[2, 2], [2, 2], [2, 2]], [[8, 8], [4, 4], [2, 2]])
+    assert list(servers[np.concatenate(env.turns)]) == [2, 1, 1]
 
 
 @pytest.mark.parametrize("load", [0.5, 1.5])
@@ -231,7 +249,7 @@ def test_best_fit_in_turns_equals_one_agent_at_a_time(load):
     env, rng = CloudEnv(3, 30, rounds=10, load=load, servers_per_agent=4), np.random.default_rng(1)
     env.reset(seed=1)
     for _ in range(10):
-        servers = best_fit(env)
+        servers = env.reach[np.arange(30), best_fit(env)]
         for e in range(3):
             x = env.x[e].copy()
             for i in np.concatenate(env.turns):
@@ -246,15 +264,23 @@ def test_best_fit_in_turns_equals_one_agent_at_a_time(load):
 
 
 def test_reference_policies_rank_as_they_must():
-    env = CloudEnv(40, 50)
-    returns = [evaluate(env, policy, EVAL_SEED)[0].mean() for policy in (random_policy, best_fit, best_fit_global)]
-    assert returns[0] < 10 * returns[1] < 20 * returns[2] < 0
-    assert returns[1] == evaluate(env, best_fit, EVAL_SEED)[0].mean()
+    """Random placement is far behind Best-Fit, and Best-Fit over the agents' reach behind Best-Fit over all servers."""
+    near, everywhere = CloudEnv(40, 50), CloudEnv(40, 50, servers_per_agent=50)
+    assert evaluate(near, random_policy) < 10 * evaluate(near, best_fit) < 20 * evaluate(everywhere, best_fit) < 0
+    np.testing.assert_array_equal(near.demand, everywhere.demand)  # the same scenarios
 
 
 def write_trace(path, rows=400, header="arrival_s,duration_s,cpu,memory_gib"):
     rng = np.random.default_rng(0)
-    table = np.stack([np.sort(rng.uniform(0, 1e4, rows)), rng.exponential(50, rows), rng.integers(1, 9, rows), rng.uniform(1, 30, rows)], 1)
+    table = np.stack(
+        [
+            np.sort(rng.uniform(0, 1e4, rows)),
+            rng.exponential(50, rows),
+            rng.integers(1, 9, rows),
+            rng.uniform(1, 30, rows),
+        ],
+        1,
+    )
     lines = [header] + [",".join(f"{value:.3f}" for value in row) for row in table]
     path.write_text("\n".join(lines) + "\n")
     return np.loadtxt(lines[1:], delimiter=",")
@@ -262,14 +288,15 @@ def write_trace(path, rows=400, header="arrival_s,duration_s,cpu,memory_gib"):
 
 def test_trace_becomes_rounds_of_consecutive_tasks(tmp_path):
     table = write_trace(tmp_path / "trace.csv")
-    trace = load_trace(tmp_path / "trace.csv")
-    np.testing.assert_array_equal(trace, table)
-    for part, first, last in (((0, 0.8), 0, 320), ((0.8, 1), 320, 400)):
-        env = CloudEnv(1, 4, rounds=9, load=0.6, trace=trace, trace_part=part)
+    np.testing.assert_array_equal(load_trace(tmp_path / "trace.csv"), table)
+    for held_out, first, last in ((False, 0, 320), (True, 320, 400)):
+        env = CloudEnv(1, 4, rounds=9, load=0.6, trace=tmp_path / "trace.csv", held_out=held_out)
         for seed in range(20):
             env.reset(seed=seed)
             demand = env.demand.reshape(40, 2) / env.demand_scale
-            start = next(s for s in range(first, last - 39) if np.allclose(table[s : s + 40, 2:], demand))  # nowhere else
+            start = next(
+                s for s in range(first, last - 39) if np.allclose(table[s : s + 40, 2:], demand)
+            )  # nowhere else
             rows = table[start : start + 40]
             seconds_per_round = 4 * (table[-1, 0] - table[0, 0]) / 400
             np.testing.assert_allclose(env.delta[:, 0], np.diff(rows[::4, 0]) / seconds_per_round)
@@ -277,12 +304,14 @@ def test_trace_becomes_rounds_of_consecutive_tasks(tmp_path):
     # demand of one task, times its duration, times 4 tasks a round, over the fleet: the load
     work = (table[:, 2:] * table[:, 1:2]).mean(0) / table[:, 1].mean() * cloud_env.MEAN_DURATION * 4
     np.testing.assert_allclose(work * env.demand_scale / env.capacity.sum(0), 0.6)
-    with pytest.raises(ValueError, match="too short.*44 rows needed, 40"):
-        CloudEnv(1, 4, rounds=10, trace=trace[:200], trace_part=(0.8, 1))
+    with pytest.raises(InputError, match=r"trace.csv: its last 20 % has 80 rows, .*= 84 are needed"):
+        CloudEnv(1, 4, rounds=20, trace=tmp_path / "trace.csv", held_out=True)
 
 
 def test_trace_columns_in_any_order_with_others_bom_and_crlf(tmp_path):
-    (tmp_path / "trace.csv").write_bytes(b"\xef\xbb\xbfcpu,memory_gib,name,arrival_s,duration_s\r\n1,2,a,3,4\r\n5,6,b,7,8\r\n")
+    (tmp_path / "trace.csv").write_bytes(
+        b"\xef\xbb\xbfcpu,memory_gib,name,arrival_s,duration_s\r\n1,2,a,3,4\r\n5,6,b,7,8\r\n"
+    )
     np.testing.assert_array_equal(load_trace(tmp_path / "trace.csv"), [[3, 4, 1, 2], [7, 8, 5, 6]])
 
 
@@ -305,20 +334,53 @@ def test_trace_columns_in_any_order_with_others_bom_and_crlf(tmp_path):
 def test_bad_traces_are_refused_by_line_and_column(tmp_path, text, message):
     if text is not None:
         (tmp_path / "t.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         load_trace(tmp_path / "t.csv")
 
 
 @pytest.mark.parametrize("name", ["num_envs", "n_agents", "rounds", "servers_per_agent", "load"])
-def test_arguments_out_of_range(name):
-    with pytest.raises(ValueError, match=name):
+def test_options_out_of_range(name):
+    with pytest.raises(InputError, match=name):
         CloudEnv(**{"num_envs": 1, "n_agents": 3, name: 0})
 
 
-def test_evaluation_in_parts_is_evaluation_at_once():
-    returns, excess = evaluate(CloudEnv(6, 4, rounds=8, load=5.0), best_fit, 77)
-    returns_in_parts, excess_in_parts = evaluate(CloudEnv(2, 4, rounds=8, load=5.0), best_fit, 77, scenarios=6)
-    assert np.allclose(returns_in_parts, returns, rtol=1e-12) and len(set(returns)) == 6
-    assert np.allclose(excess_in_parts, excess, rtol=1e-12)
-    with pytest.raises(AssertionError):
-        evaluate(CloudEnv(4, 4, rounds=8), best_fit, 77, scenarios=6)
+def test_a_users_mistake_ends_a_program_with_its_one_line():
+    assert issubclass(InputError, SystemExit) and InputError("load must be above 0").code == "load must be above 0"
+
+
+def test_calls_that_a_programmer_gets_wrong():
+    with pytest.raises(ValueError, match="capacity"):
+        CloudEnv(1, 2, capacity=[4, 8])
+    env = CloudEnv(2, 3, rounds=1)
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(np.zeros((2, 3), int))
+    with pytest.raises(ValueError, match="scenarios.*colour"):
+        env.reset(options={"colour": 1})
+    scenario = Scenario(np.ones((2, 3, 2)), np.ones((2, 3)), np.ones(1))
+    for scenarios in ([scenario], [scenario, scenario._replace(delta=np.ones(2))]):
+        with pytest.raises(ValueError, match="2 scenarios"):
+            env.reset(options={"scenarios": scenarios})
+    env.reset(seed=1)
+    wrong = (np.zeros((3, 2), int), np.zeros((2, 3)), np.full((2, 3), 3), np.full((2, 3), -1), np.zeros((1, 3), int))
+    for actions in wrong:
+        with pytest.raises(ValueError, match="actions"):
+            env.step(actions)
+    env.step(np.zeros((2, 3), int))
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(np.zeros((2, 3), int))
+
+
+def test_what_is_handed_out_is_not_the_environments_own():
+    """Writing to an observation, to `info` or to `constants` changes nothing in the next round."""
+    envs, obs = [CloudEnv(1, 4, rounds=6, load=2.0) for _ in range(2)], [None, None]
+    for env in envs:
+        env.reset(seed=1)
+    for _ in range(6):
+        for k, env in enumerate(envs):
+            obs[k], reward, _, _, info = env.step(np.zeros((1, 4), int))
+            if k == 0:
+                first = obs[0].copy(), reward.copy()
+                for array in (obs[0], reward, info["state"], *info["played"].values(), *env.constants.values()):
+                    array[...] = 0
+        np.testing.assert_array_equal(first[0], obs[1])
+        np.testing.assert_array_equal(first[1], reward)

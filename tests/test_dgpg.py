@@ -1,12 +1,14 @@
 """The algorithm: formulas by hand and by enumeration, learning, the command line and what it writes."""
 
 import itertools
+import math
 import os
 import pathlib
 import runpy
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import dgpg
 import ippo
 import mappo
-from dgpg import MLP, Args, ValueNorm, clipped_policy_loss, gae, guided_advantage, standardise, train
+from cloud_env import CloudEnv, InputError
+from dgpg import MLP, Args, ValueNorm, gae, guidance, standardise, train
 
 ROOT = pathlib.Path(dgpg.__file__).parent
 TINY = dict(n_agents=3, episodes=2, rounds=10, load=2.0, eval_every=1, update_epochs=2, num_minibatches=3)
@@ -33,47 +36,88 @@ def scalars():
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_own_action_baseline_leaves_the_expected_gradient_unchanged():
-    """E[g_i ∇log π_i] over all joint actions of three agents on three servers, each with its own softmax policy."""
-    torch.manual_seed(0)
-    agents, servers = 3, 3
-    reach = torch.stack([torch.randperm(servers) for _ in range(agents)])
-    z = torch.rand(1, agents, servers, 2, dtype=torch.float64)
-    x_before, x_ref = torch.rand(2, 1, servers, 2, dtype=torch.float64)
-    probs = torch.randn(agents, 1, servers, dtype=torch.float64).softmax(-1)
-    expected = {False: 0, True: 0}
-    variance = {False: 0, True: 0}
-    for joint in itertools.product(range(servers), repeat=agents):
+def random_influence(agents, actions, components, seed):
+    """z [1, N, K, J, R] and touched [1, N, K, J], J = 3: alternatives share components, rows repeat one or are padded."""
+    rng = torch.Generator().manual_seed(seed)
+    z = torch.randn(1, agents, actions, 3, 2, generator=rng, dtype=torch.float64)
+    touched = torch.randint(components, (1, agents, actions, 3), generator=rng)
+    touched[0, 0, 0, 1] = touched[0, 0, 0, 0]  # a repeated component
+    touched[0, 1, 0] = touched[0, 1, 1]  # two alternatives on the same components
+    touched[0, 2, 1, 2], z[0, 2, 1, 2] = touched[0, 2, 1, 0], 0  # padding
+    return z, touched
+
+
+def dense(z, touched, components):
+    """The influence of every action on all components [1, N, K, M, R]."""
+    full = torch.zeros(*z.shape[:3], components, 2, dtype=z.dtype)
+    return full.scatter_add(3, touched.unsqueeze(-1).expand_as(z), z)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_the_guidance_descends_by_enumeration(seed):
+    """E[g_i ∇log π_i] over all joint actions is ∇E[d + ½ Σ_i ‖z_i‖²], with the own-action baseline and without it."""
+    N, K, M = 3, 3, 4
+    z, touched = random_influence(N, K, M, seed)
+    influence = dense(z, touched, M)
+    x_before, x_ref = torch.rand(2, 1, M, 2, dtype=torch.float64)
+    logits = torch.randn(N, K, dtype=torch.float64).requires_grad_()
+    probs = logits.softmax(-1)
+    potential, expected, plain, centred, squared = 0, 0, 0, 0, [0, 0]
+    for joint in itertools.product(range(K), repeat=N):
         actions = torch.tensor(joint).unsqueeze(-1)
-        x = x_before.clone()
-        for i, a in enumerate(joint):
-            x[0, reach[i, a]] += z[0, i, a]
-        weight = torch.stack([probs[i, 0, a] for i, a in enumerate(joint)]).prod()
-        score = torch.nn.functional.one_hot(actions[:, 0], servers) - probs[:, 0]  # ∇_logits log π_i(a_i)
-        for baseline in (False, True):
-            _, g = guided_advantage(torch.zeros(1, 1), x, x_ref, z, reach, actions, probs, 1.0, own_action_baseline=baseline)
-            expected[baseline] = expected[baseline] + weight * g * score
-            variance[baseline] = variance[baseline] + weight * (g * score) ** 2
-    torch.testing.assert_close(expected[False], expected[True], rtol=1e-12, atol=1e-14)
-    assert expected[True].abs().min() > 1e-6  # a gradient worth leaving unchanged
+        own = torch.stack([influence[0, i, a] for i, a in enumerate(joint)])  # [N, M, R]
+        x = x_before + own.sum(0)
+        weight = torch.stack([probs[i, a] for i, a in enumerate(joint)]).prod()
+        potential = potential + weight * 0.5 * ((x - x_ref).square().sum() + own.square().sum())
+        g_of_action = guidance(x, x_ref, z, touched, actions)  # [N, 1, K]
+        assert g_of_action.shape == (N, 1, K)
+        g = g_of_action.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+        torch.testing.assert_close(g.squeeze(-1), ((x - x_ref) * own).sum((-2, -1)), rtol=1e-12, atol=1e-12)
+        relative = g - (probs.detach().unsqueeze(1) * g_of_action).sum(-1)
+        score = torch.nn.functional.one_hot(actions[:, 0], K) - probs.detach()  # ∇_logits log π_i(a_i)
+        plain, centred = plain + weight.detach() * g * score, centred + weight.detach() * relative * score
+        squared[0] += (weight * (g * score).square().sum()).item()
+        squared[1] += (weight * (relative * score).square().sum()).item()
+    (expected,) = torch.autograd.grad(potential, logits)
+    torch.testing.assert_close(plain, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(centred, expected, rtol=1e-12, atol=1e-12)
+    assert expected.abs().min() > 1e-6  # a gradient worth leaving unchanged
 
 
-def test_mixed_advantage_by_hand():
-    """One agent, two servers, two states: Â = (1, 3), own-action guidance worked out on paper."""
-    reach, actions = torch.tensor([[0, 1]]), torch.tensor([[0, 1]])
-    z = torch.tensor([[[[0.5, 0.0], [0.25, 0.0]]], [[[0.5, 0.0], [1.0, 0.0]]]])
+def test_guidance_by_hand():
+    """One agent, two servers, two states."""
+    touched, actions = torch.tensor([[[[0], [1]]]]).expand(2, 1, 2, 1), torch.tensor([[0, 1]])
+    z = torch.tensor([[[[[0.5, 0.0]], [[0.25, 0.0]]]], [[[[0.5, 0.0]], [[1.0, 0.0]]]]])
     x = torch.tensor([[[1.5, 0.0], [0.25, 0.0]], [[0.0, 0.0], [2.0, 0.0]]])
     x_ref = torch.full((2, 2, 2), 0.5)
     x_ref[..., 1] = 0.0
-    probs = torch.tensor([[[0.5, 0.5], [0.25, 0.75]]])
-    # state 0: g(0) = (1.5 − 0.5)·0.5 = 0.5, g(1) = (0.25 + 0.25 − 0.5)·0.25 = 0; mean 0.25; g − mean = 0.25
-    # state 1: g(0) = (0 + 0.5 − 0.5)·0.5 = 0, g(1) = (2 − 0.5)·1 = 1.5; mean 1.125; g − mean = 0.375
-    mixed, g = guided_advantage(standardise(torch.tensor([[1.0, 3.0]])), x, x_ref, z, reach, actions, probs, 0.25)
-    torch.testing.assert_close(g, torch.tensor([[0.25, 0.375]]))
-    # both standardise to (−1, 1): 0.75·(−1, 1) − 0.25·(−1, 1)
-    torch.testing.assert_close(mixed, torch.tensor([[-0.5, 0.5]]))
-    mixed, _ = guided_advantage(torch.tensor([[1.0, 3.0]]), x, x_ref, z, reach, actions, probs, 0.25, norm_adv=False)
-    torch.testing.assert_close(mixed, torch.tensor([[0.75 * 1 - 0.25 * 0.25, 0.75 * 3 - 0.25 * 0.375]]))
+    # state 0: g(0) = (1.5 − 0.5)·0.5 = 0.5, g(1) = (0.25 + 0.25 − 0.5)·0.25 = 0
+    # state 1: g(0) = (0 + 0.5 − 0.5)·0.5 = 0, g(1) = (2 − 0.5)·1 = 1.5
+    torch.testing.assert_close(guidance(x, x_ref, z, touched, actions), torch.tensor([[[0.5, 0.0], [0.0, 1.5]]]))
+
+
+def test_guidance_on_a_shared_link_by_hand():
+    """Two routes that share link 0, and one of them lists it twice, with half of its influence each time."""
+    touched = torch.tensor([[[[0, 1, 1], [0, 0, 2]]]])
+    z = torch.tensor([[[[[1.0], [2.0], [0.0]], [[0.5], [0.5], [3.0]]]]])
+    x, x_ref = torch.tensor([[[5.0], [7.0], [1.0]]]), torch.tensor([[[1.0], [1.0], [1.0]]])
+    # route 0 taken: g(0) = 4·1 + 6·2 = 16; instead route 1: link 0 as it was, link 2 at 1 + 3: g(1) = 4·1 + 3·3 = 13
+    torch.testing.assert_close(guidance(x, x_ref, z, touched, torch.tensor([[0]])), torch.tensor([[[16.0, 13.0]]]))
+    # route 1 taken: g(1) = 4·1 + 0·3 = 4; instead route 0: link 1 at 7 + 2: g(0) = 4·1 + 8·2 = 20
+    torch.testing.assert_close(guidance(x, x_ref, z, touched, torch.tensor([[1]])), torch.tensor([[[20.0, 4.0]]]))
+
+
+@pytest.mark.parametrize("wrong", ["x", "x_ref", "z", "touched", "actions"])
+def test_guidance_names_the_shapes_that_do_not_fit(wrong):
+    z, touched = random_influence(3, 3, 4, 0)
+    x = torch.zeros(1, 4, 2)
+    given = dict(x=x, x_ref=x, z=z, touched=touched, actions=torch.zeros(3, 1, dtype=torch.long))
+    assert guidance(**given).shape == (3, 1, 3)
+    given[wrong] = given[wrong][..., :-1, :] if wrong in ("z", "touched") else given[wrong][:, :-1]
+    if wrong == "actions":
+        given[wrong] = torch.zeros(1, 3, dtype=torch.long)
+    with pytest.raises(AssertionError, match=rf"{wrong}.shape=torch.Size"):
+        guidance(**given)
 
 
 def test_gae_bootstraps_from_the_truncated_state_by_hand():
@@ -92,24 +136,18 @@ def test_gae_is_the_double_sum_of_discounted_errors():
     torch.testing.assert_close(gae(rewards, values, gamma, lam), expected)
 
 
-def test_clipped_policy_loss_element_by_element():
-    torch.manual_seed(0)
-    advantages, ratio = torch.randn(4, 5), torch.rand(4, 5) * 2
-    loss = clipped_policy_loss(advantages, ratio, 0.2)
-    for a, r, value in zip(advantages.flatten().tolist(), ratio.flatten().tolist(), loss.flatten().tolist()):
-        assert value == pytest.approx(-min(r * a, min(max(r, 0.8), 1.2) * a), abs=1e-6)
-
-
 def test_value_norm_is_the_weighted_mean_and_deviation():
     torch.manual_seed(0)
     norm, batches = ValueNorm(beta=0.5), [torch.randn(1, 8, 2) * 3 - 5 for _ in range(3)]
-    assert [value.item() for value in norm()] == [0, 1]  # before any return
+    assert [float(value) for value in norm.mean_std()] == [0, 1]  # before any return
     for batch in batches:
         norm.update(batch)
     weights = torch.tensor([0.25, 0.5, 1.0]).repeat_interleave(16) / 16 / 1.75
     every = torch.cat([batch.flatten() for batch in batches])
     mean = (weights * every).sum()
-    torch.testing.assert_close(norm(), (mean, (weights * (every - mean) ** 2).sum().sqrt()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        norm.mean_std(), (mean, (weights * (every - mean) ** 2).sum().sqrt()), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_standardise():
@@ -130,30 +168,63 @@ def test_stacked_networks_are_separate_networks():
     single = MLP(1, 4, 8, 0.5)
     torch.testing.assert_close(single(x)[2], single(x[2:]).squeeze(0))  # one network for any number of agents
     assert not torch.equal(stack.weights[0][0], stack.weights[0][1])
-    torch.testing.assert_close(stack.weights[1][0] @ stack.weights[1][0].T, 2 * torch.eye(8), rtol=1e-5, atol=1e-5)  # orthogonal, gain √2
+    torch.testing.assert_close(
+        stack.weights[1][0] @ stack.weights[1][0].T, 2 * torch.eye(8), rtol=1e-5, atol=1e-5
+    )  # orthogonal, gain √2
     with pytest.raises(AssertionError):
         stack(torch.randn(2, 5, 4))
 
 
 @pytest.mark.parametrize("share_parameters, minibatch_agents", [(True, 50), (True, 2), (False, 2)])
-def test_first_minibatch_has_ratio_one_and_its_own_advantages(monkeypatch, share_parameters, minibatch_agents):
-    """With one epoch of one minibatch, the only ratio is that of the policy that acted, to itself: here a decided one."""
+@pytest.mark.parametrize("own_action_baseline", [True, False])
+def test_the_loss_is_that_of_the_mixed_advantage(monkeypatch, share_parameters, minibatch_agents, own_action_baseline):
+    """Â_DG = (1−α) Â − α g of the actions that were drawn, and its clipped surrogate loss, computed again from what the
+    loop's own functions returned. The first minibatch's ratio is that of the policy that acted, to itself."""
     torch.save({"actor": MLP(1 if share_parameters else 9, 7, 32, 3.0).state_dict()}, "decided.pt")
-    drawn, guided, used, randperm = [], [], [], torch.randperm
-    monkeypatch.setattr(torch, "randperm", lambda n, **options: drawn.append(randperm(n, **options)) or drawn[-1])
-    monkeypatch.setattr(dgpg, "guided_advantage", lambda *args: guided.append(guided_advantage(*args)) or guided[-1])
-    monkeypatch.setattr(dgpg, "clipped_policy_loss", lambda *args: used.append(args) or clipped_policy_loss(*args))
-    options = dict(n_agents=9, num_envs=2, update_epochs=1, num_minibatches=1, share_parameters=share_parameters, minibatch_agents=minibatch_agents)
-    train(Args(**{**TINY, **options}, init_actor="decided.pt"))
-    ((advantages, ratio, _),) = used
-    assert ratio.shape == (2 if (share_parameters and minibatch_agents == 2) else 9, 20)
-    assert torch.allclose(ratio, torch.ones(()), atol=1e-5)
-    states, agents = drawn
-    agents = agents[: len(ratio)] if share_parameters else torch.arange(9)
-    assert torch.equal(advantages, guided[0][0][agents][:, states])
-    logged = scalars()
-    assert [value for _, value in logged["losses/approx_kl"]] == pytest.approx([0], abs=1e-6)
-    assert [value for _, value in logged["losses/clipfrac"]] == [0]
+    perms, gaes, guided, losses, drawn = [], [], [], [], []
+    randperm, maximum = torch.randperm, torch.max
+
+    class Recorded(torch.distributions.Categorical):
+        def sample(self):
+            drawn.append((self.probs, super().sample()))
+            return drawn[-1][1]
+
+    monkeypatch.setattr(dgpg, "Categorical", Recorded)
+    monkeypatch.setattr(torch, "randperm", lambda n: perms.append(randperm(n)) or perms[-1])
+    monkeypatch.setattr(torch, "max", lambda *args: losses.append(args) or maximum(*args))
+    monkeypatch.setattr(dgpg, "gae", lambda *args: gaes.append(gae(*args)) or gaes[-1])
+    monkeypatch.setattr(dgpg, "guidance", lambda *args: guided.append(guidance(*args)) or guided[-1])
+    monkeypatch.setattr(dgpg, "evaluate", lambda env, policy: -1.0)
+    options = dict(n_agents=9, num_envs=2, share_parameters=share_parameters, minibatch_agents=minibatch_agents)
+    options |= dict(alpha_start=0.3, own_action_baseline=own_action_baseline, init_actor="decided.pt")
+    train(Args(**{**TINY, "update_epochs": 4, "learning_rate": 0.1, **options}))
+
+    probs, actions = (torch.stack(part, 1).flatten(1, 2) for part in zip(*drawn))  # [N, B, K] and [N, B], B = 10 · 2
+    (advantages,), (g_of_action,) = gaes, guided
+    g = g_of_action.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    if own_action_baseline:
+        g = g - (probs * g_of_action).sum(-1)
+    advantages, g = ((x - x.mean()) / x.var(correction=0).sqrt() for x in (advantages, g))
+    mixed = 0.7 * advantages.reshape(1, 20) - 0.3 * g
+    batches = []  # the states and agents of every minibatch
+    for epoch in range(4):
+        states = perms.pop(0).tensor_split(3)
+        batches += [
+            (part, drawn[:minibatch_agents] if share_parameters else torch.arange(9))
+            for part, drawn in zip(states, [perms.pop(0) for _ in states])
+        ]
+    policy_losses, clipped_any = [], False
+    for (unclipped, clipped), (states, agents) in zip(losses, batches, strict=True):
+        advantage = mixed[agents][:, states]
+        ratio = -unclipped / advantage
+        bounded = ratio.clamp(0.7, 1.3)
+        torch.testing.assert_close(clipped, -advantage * bounded, rtol=1e-4, atol=1e-4)
+        policy_losses.append(-torch.min(ratio * advantage, bounded * advantage).mean().item())
+        clipped_any |= ((ratio - 1).abs() > 0.31).any().item()
+        if len(policy_losses) == 1:
+            torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=1e-4, atol=1e-4)
+    assert clipped_any
+    assert scalars()["losses/policy_loss"][0][1] == pytest.approx(sum(policy_losses) / 12, rel=1e-3)
 
 
 def test_guided_policy_learns_and_the_others_do_not():
@@ -165,17 +236,17 @@ def test_guided_policy_learns_and_the_others_do_not():
 
 
 def test_everything_that_is_written(capsys):
-    train(Args(**TINY, exp_name="name", seed=3, save_model=True, alpha_start=0.9, alpha_end=0.2))
+    train(Args(**TINY, exp_name="name", seed=3, alpha_start=0.9, alpha_end=0.2))
     (run,) = pathlib.Path("runs").iterdir()
     assert run.name.startswith("name__n3__3__")
     events = EventAccumulator(str(run)).Reload()
     logged = scalars()
-    references = {f"eval/{name}_return" for name in ("best_fit", "best_fit_global", "random")}
-    assert set(logged) == references | {
+    assert set(logged) == {
         *("charts/episodic_return", "charts/SPS", "charts/learning_rate"),
         *("eval/return", "eval/return_argmax", "eval/score", "eval/cost_ratio"),
-        *("losses/value_loss", "losses/policy_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac", "losses/explained_variance"),
-        *("guidance/alpha", "guidance/deviation", "guidance/g_std"),
+        *("eval/best_fit_return", "eval/random_return"),
+        *("losses/value_loss", "losses/policy_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac"),
+        *("losses/explained_variance", "guidance/alpha", "guidance/deviation", "guidance/g_std"),
     }
     assert [step for step, _ in logged.pop("eval/return_argmax")] == [2]  # at the end only
     assert all([step for step, _ in points] == [1, 2] for points in logged.values())
@@ -184,16 +255,77 @@ def test_everything_that_is_written(capsys):
     assert logged["eval/score"][-1][1] == pytest.approx((value - worst) / (best - worst), rel=1e-5)
     assert logged["eval/cost_ratio"][-1][1] == pytest.approx(value / best, rel=1e-5)
     assert "hyperparameters/text_summary" in events.Tags()["tensors"]
-    image = events.Images("eval/utilisation_minus_reference")[-1]
-    assert (image.height, image.width) == (3, 2 * 10)  # servers x rounds, CPU and memory
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith(f"final episodes=2 return={value:.2f} best_fit={best:.2f} random={worst:.2f} score=")
-    saved = torch.load(run / "name.pt", weights_only=True)
-    assert saved["args"]["alpha_end"] == 0.2
-    # the saved actor evaluates to what was printed, and runs at another N
-    again = train(Args(**{**TINY, "episodes": 0}, seed=3, init_actor=str(run / "name.pt")))
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["args"]["alpha_end"] == 0.2
+    # the actor in the checkpoint evaluates to what was printed, and runs at another N
+    again = train(Args(**{**TINY, "episodes": 0}, seed=3, init_actor=str(run / "checkpoint.pt")))
     assert again["return"] == pytest.approx(value, rel=1e-6)
-    train(Args(**{**TINY, "episodes": 0, "n_agents": 8}, init_actor=str(run / "name.pt")))
+    train(Args(**{**TINY, "episodes": 0, "n_agents": 8}, init_actor=str(run / "checkpoint.pt")))
+
+
+def test_two_runs_that_start_at_once_have_a_folder_each(monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1_760_000_000.5)
+    for _ in range(2):
+        train(Args(**{**TINY, "episodes": 0}))
+    assert len(os.listdir("runs")) == 2
+
+
+def broken(part, change):
+    """`CloudEnv` whose `step` returns another reward, observation or part of what was played."""
+
+    class Broken(CloudEnv):
+        def step(self, actions):
+            obs, reward, terminated, truncated, info = super().step(actions)
+            if self.num_envs == 2:  # training
+                if part == "reward":
+                    reward = change(reward)
+                elif part == "truncated":
+                    truncated = change(truncated)
+                elif part in info:
+                    info = {name: change(value) for name, value in info.items() if name != part}
+                else:
+                    played = {name: change(value) if name == part else value for name, value in info["played"].items()}
+                    info = {**info, "played": {name: value for name, value in played.items() if value is not None}}
+            return obs, reward, terminated, truncated, info
+
+    return Broken
+
+
+@pytest.mark.parametrize(
+    "part, change, error, named",
+    [
+        ("reward", lambda x: x.sum(), AssertionError, "reward"),
+        ("reward", lambda x: x[:, None], AssertionError, "reward"),
+        ("truncated", lambda x: ~x, AssertionError, "cut off"),
+        ("state", lambda x: x, KeyError, "state"),
+        ("x", lambda x: x[:, :-1], AssertionError, "x.shape"),
+        ("x", lambda x: x[..., :1], AssertionError, "x.shape"),
+        ("x", lambda x: None, KeyError, "x"),
+        ("demand", lambda x: x[:, :-1], RuntimeError, "size of tensor"),
+        ("demand", lambda x: None, TypeError, "demand"),
+        ("offered_load", lambda x: None, TypeError, "offered_load"),
+        ("offered_load", lambda x: x[..., None, :], AssertionError, "x_ref.shape"),
+    ],
+)
+def test_an_own_environments_mistake_fails_at_once_and_is_named(monkeypatch, part, change, error, named):
+    monkeypatch.setattr(dgpg, "CloudEnv", broken(part, change))
+    with pytest.raises(error, match=named):
+        train(Args(**TINY, num_envs=2))
+    (run,) = pathlib.Path("runs").iterdir()
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["episode"] == 0
+
+
+def test_observations_of_another_shape_are_refused(monkeypatch):
+    class Broken(CloudEnv):
+        def reset(self, seed=None, options=None):
+            obs, info = super().reset(seed, options)
+            return obs.swapaxes(0, 1), info
+
+    monkeypatch.setattr(dgpg, "CloudEnv", Broken)
+    with pytest.raises(AssertionError, match="obs must be"):
+        train(Args(**TINY))
+    assert not os.path.exists("runs")
 
 
 @pytest.mark.parametrize("script", [dgpg, mappo, ippo])
@@ -223,85 +355,77 @@ def test_trace_is_trained_and_evaluated_on():
     assert on_trace["return"] != train(Args(**TINY))["return"]
 
 
-def run_script(monkeypatch, *options):
-    """`python dgpg.py options` in this process; its exit status."""
-    monkeypatch.setattr(sys, "argv", ["dgpg.py", *options])
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_path(str(ROOT / "dgpg.py"), run_name="__main__")
-    return exit.value.code
+WRONG = {
+    "--servers-per-agent 0": "servers_per_agent",
+    "--alpha-end -0.1": "alpha_end",
+    "--alpha-start nan": "alpha_start",
+    "--gamma 1.1": "gamma",
+    "--load 0": "load",
+    "--load nan": "load",
+    "--rounds 0": "rounds",
+    "--num-envs 0": "num_envs",
+    "--num-minibatches 101": "num_minibatches",
+    "--episodes -1": "episodes",
+    "--episodes 5 --num-envs 2": "episodes",
+    "--seed -1": "seed",
+    "--learning-rate -1": "learning_rate",
+    "--eval-every 0": "eval_every",
+    "--hidden 0": "hidden",
+    "--trace missing.csv": "missing.csv",
+    "--trace empty.csv": "empty.csv: line 1",
+    "--trace short.csv": "short.csv",
+    "--trace unsorted.csv": "line 4: arrival_s",
+    "--trace negative.csv": "line 2: duration_s",
+    "--resume missing": "missing",
+    "--init-actor missing.pt": "missing.pt",
+    "--init-actor short.csv": "short.csv",
+    "--init-actor other.pt": "other.pt",
+}
 
 
-@pytest.mark.parametrize(
-    "options, named",
-    [
-        ("--n-agents 0", "n_agents"),
-        ("--servers-per-agent 0", "servers_per_agent"),
-        ("--alpha-start 1.1", "alpha_start"),
-        ("--alpha-end -0.1", "alpha_end"),
-        ("--alpha-end nan", "alpha_end"),
-        ("--load 0", "load"),
-        ("--load nan", "load"),
-        ("--rounds 0", "rounds"),
-        ("--num-envs 0", "num_envs"),
-        ("--num-minibatches 0", "num_minibatches"),
-        ("--num-minibatches 101", "num_minibatches"),
-        ("--episodes -1", "episodes"),
-        ("--episodes 5 --num-envs 2", "episodes"),
-        ("--seed -1", "seed"),
-        ("--learning-rate -1", "learning_rate"),
-        ("--trace missing.csv", "missing.csv"),
-        ("--trace empty.csv", "empty.csv: line 1"),
-        ("--trace short.csv", "trace too short"),
-        ("--trace unsorted.csv", "line 4: arrival_s"),
-        ("--trace negative.csv", "line 2: duration_s"),
-        ("--trace nan.csv", "line 2: cpu"),
-        ("--trace columns.csv", "memory_gib"),
-        ("--trace header.csv", "header.csv: no rows"),
-        ("--hidden 0", "hidden"),
-        ("--minibatch-agents 0", "minibatch_agents"),
-        ("--gamma 1.1", "gamma"),
-        ("--learning-rate inf", "learning_rate"),
-        ("--eval-every 0", "eval_every"),
-        ("--n-agents x", "--n-agents"),
-        ("--n-agents 1.5", "--n-agents"),
-        ("--load much", "--load"),
-        ("--rounds", "--rounds"),
-        ("--no-such-option 3", "--no-such-option"),
-        ("stray", "stray"),
-        ("--resume missing", "missing"),
-        ("--init-actor missing.pt", "missing.pt"),
-        ("--init-actor short.csv", "short.csv"),
-        ("--init-actor other.pt", "other.pt"),
-    ],
-)
-def test_bad_input_gets_one_line_and_status_2_and_writes_nothing(monkeypatch, capsys, options, named):
+@pytest.mark.parametrize("options, named", WRONG.items(), ids=WRONG)
+def test_bad_input_is_one_line_that_names_it_and_nothing_is_written(monkeypatch, options, named):
     header = "arrival_s,duration_s,cpu,memory_gib\n"
     files = {
         "empty.csv": "",
         "short.csv": header + "0,1,1,1\n1,1,1,1\n",
         "unsorted.csv": header + "0,1,1,1\n2,1,1,1\n1,1,1,1\n",
         "negative.csv": header + "0,-1,1,1\n",
-        "nan.csv": header + "0,1,nan,1\n",
-        "header.csv": header,
-        "columns.csv": "arrival_s,duration_s,cpu\n",
     }
     for name, text in files.items():
         pathlib.Path(name).write_text(text)
     torch.save({"actor": MLP(3, 7, 32, 0.01).state_dict()}, "other.pt")  # one actor for each of three agents
     before = sorted(os.listdir())
-    assert run_script(monkeypatch, *options.split()) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    (line,) = captured.err.splitlines()
-    assert line.startswith("dgpg.py: error: ") and named in line
+    monkeypatch.setattr(sys, "argv", ["dgpg.py", *options.split()])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(ROOT / "dgpg.py"), run_name="__main__")
+    message = exit.value.code  # Python prints it on stderr and ends with status 1
+    assert isinstance(message, str) and named in message and len(message.splitlines()) == 1
     assert sorted(os.listdir()) == before
 
 
-def test_a_runs_folder_that_cannot_be_written_is_one_line(monkeypatch, capsys):
-    pathlib.Path("runs").write_text("in the way")
-    assert run_script(monkeypatch, "--n-agents", "2", "--episodes", "1") == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("dgpg.py: error: ") and "runs" in line
+@pytest.mark.parametrize("options", ["--n-agents 1.5", "--load much", "--rounds", "--no-such-option 3", "stray"])
+def test_what_the_option_parser_finds_it_says_itself(monkeypatch, capsys, options):
+    monkeypatch.setattr(sys, "argv", ["dgpg.py", *options.split()])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(ROOT / "dgpg.py"), run_name="__main__")
+    assert exit.value.code == 2 and options.split()[0] in capsys.readouterr().err
+    assert not os.listdir()
+
+
+def test_help_opens_with_what_the_program_does(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dgpg.py", "--help"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(ROOT / "dgpg.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert not exit.value.code and out.index("Trains N agents") < out.index("--exp-name") < out.index("--n-agents")
+
+
+def test_a_users_mistake_from_outside(tmp_path):
+    command = [sys.executable, str(ROOT / "dgpg.py"), "--alpha-end", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "alpha_end must be from 0 to 1, not 2.0\n")
+    assert not os.listdir()
 
 
 def test_three_files_copied_elsewhere_run_by_themselves():

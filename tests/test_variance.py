@@ -13,7 +13,11 @@ def test_noise_of_the_return_grows_with_n_and_of_the_guidance_does_not(monkeypat
     runs, variance = pytest.importorskip("runs"), pytest.importorskip("variance")
     sizes = (12, 48, 144)
     rows = [variance.measure(n, scenarios=2, samples=64, rounds=20, alpha=0.5) for n in sizes]
-    slopes = {name: runs.slope(np.array(sizes), np.array([row[name] for row in rows]))[0] for name in rows[0] if name != "n_agents"}
+    slopes = {
+        name: runs.slope(np.array(sizes), np.array([row[name] for row in rows]))[0]
+        for name in rows[0]
+        if name != "n_agents"
+    }
     assert 0.75 < slopes["return_variance"] < 1.25
     assert 0.6 < slopes["return_noise"] < 1.5
     assert abs(slopes["guidance_variance"]) < 0.25
