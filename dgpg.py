@@ -29,7 +29,7 @@ from cloud_env import CloudEnv, InputError, best_fit, random_policy
 class Args:
     exp_name: str = os.path.basename(__file__)[: -len(".py")]  # the name of this experiment
     seed: int = 1  # seed of the experiment: workload, initial weights, sampled actions
-    cuda: bool = True  # train on a GPU if there is one (not measured)
+    cuda: bool = False  # train on a GPU if there is one (not measured)
     init_actor: str | None = None  # a run's checkpoint.pt to take the actor from, of any N if the actor is shared
     resume: str | None = None  # the folder of an interrupted run to go on with, under its own options
     # the task
@@ -53,7 +53,7 @@ class Args:
     update_epochs: int = 20  # epochs per update
     clip_coef: float = 0.3  # clip range of the policy ratio
     ent_coef: float = 0.0  # weight of the entropy bonus
-    max_grad_norm: float = 0.5  # largest gradient norm, of the actor (√N times this for N actors) and of the critic
+    max_grad_norm: float = 0.5  # largest gradient norm, of each actor and of the critic
     # the guidance
     alpha_start: float = 1.0  # weight α of the guidance at the first update
     alpha_end: float = 0.5  # weight α of the guidance at the last update, linear in between
@@ -93,6 +93,14 @@ class MLP(nn.Module):
         for hidden_weight, hidden_bias in layers:
             h = torch.baddbmm(hidden_bias, h, hidden_weight).relu_()
         return torch.baddbmm(bias, h, weight).reshape(x.shape[:-1])
+
+    def clip_grad(self, max_norm):
+        """Scale the gradient of each network, as of the mean over its own samples, to a norm of at most `max_norm`."""
+        grads = [weight.grad.mul_(self.copies) for weight in self.parameters()]
+        norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]).norm(dim=0)  # [copies]
+        assert norms.isfinite().all(), "a gradient is not finite; the run's checkpoint is from before this update"
+        for grad in grads:
+            grad.mul_((max_norm / (norms + 1e-6)).clamp(max=1).view(-1, 1, 1))
 
 
 class ValueNorm(nn.Module):
@@ -315,9 +323,7 @@ def train(args):
         losses = []
         for _ in range(args.update_epochs):
             for index in torch.randperm(T * E).tensor_split(args.num_minibatches):
-                agents = torch.randperm(N)[: args.minibatch_agents]
-                if not args.share_parameters:
-                    agents = torch.arange(N)  # all, in the order of their actors
+                agents = torch.randperm(N)[: args.minibatch_agents] if args.share_parameters else torch.arange(N)
                 sample = agents.unsqueeze(1), index
                 dist = Categorical(logits=actor(b_obs[sample]))
                 logratio = dist.log_prob(b_actions[sample]) - b_logprobs[sample]
@@ -327,12 +333,11 @@ def train(args):
                 policy_loss = torch.max(-advantage * ratio, -advantage * clipped).mean()
                 entropy = dist.entropy().mean()
                 value_loss = F.huber_loss(critic(b_states[..., index, :]), b_returns[..., index], delta=10.0)
-                loss = actor.copies * (policy_loss - args.ent_coef * entropy) + critic.copies * value_loss
+                loss = policy_loss - args.ent_coef * entropy + value_loss
                 optimizer.zero_grad()
                 loss.backward()
-                for network in (actor, critic):
-                    max_norm = args.max_grad_norm * network.copies**0.5
-                    nn.utils.clip_grad_norm_(network.parameters(), max_norm, error_if_nonfinite=True)
+                actor.clip_grad(args.max_grad_norm)
+                critic.clip_grad(args.max_grad_norm)
                 optimizer.step()
                 approx_kl = (ratio - 1 - logratio).mean()  # http://joschu.net/blog/kl-approx.html
                 clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()

@@ -175,6 +175,24 @@ def test_stacked_networks_are_separate_networks():
         stack(torch.randn(2, 5, 4))
 
 
+def test_each_network_is_clipped_by_its_own_norm():
+    """As if every network of the stack were alone with the mean over its own samples: an outlier scales no other down."""
+    torch.manual_seed(0)
+    stack, x, scale = MLP(3, 4, 8, 0.5), torch.randn(3, 5, 4), torch.tensor([[1e-3], [1.0], [1e6]])
+    (scale * stack(x)).mean().backward()
+    stack.clip_grad(0.5)
+    norms = []
+    for n in range(3):
+        alone = MLP(1, 4, 8, 0.5)
+        for weight, of_all in zip(alone.parameters(), stack.parameters()):
+            weight.data = of_all.data[n : n + 1].clone()
+        (scale[n] * alone(x[n : n + 1])).mean().backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.5).item())
+        for weight, of_all in zip(alone.parameters(), stack.parameters()):
+            torch.testing.assert_close(of_all.grad[n : n + 1], weight.grad, rtol=1e-5, atol=1e-9)
+    assert norms[0] < 0.5 < norms[1] < norms[2]
+
+
 @pytest.mark.parametrize("share_parameters, minibatch_agents", [(True, 50), (True, 2), (False, 2)])
 @pytest.mark.parametrize("own_action_baseline", [True, False])
 def test_the_loss_is_that_of_the_mixed_advantage(monkeypatch, share_parameters, minibatch_agents, own_action_baseline):
@@ -209,10 +227,7 @@ def test_the_loss_is_that_of_the_mixed_advantage(monkeypatch, share_parameters, 
     batches = []  # the states and agents of every minibatch
     for epoch in range(4):
         states = perms.pop(0).tensor_split(3)
-        batches += [
-            (part, drawn[:minibatch_agents] if share_parameters else torch.arange(9))
-            for part, drawn in zip(states, [perms.pop(0) for _ in states])
-        ]
+        batches += [(part, perms.pop(0)[:minibatch_agents] if share_parameters else torch.arange(9)) for part in states]
     policy_losses, clipped_any = [], False
     for (unclipped, clipped), (states, agents) in zip(losses, batches, strict=True):
         advantage = mixed[agents][:, states]

@@ -337,7 +337,7 @@ def test_numbers_that_go_wrong_stop_the_run(tmp_path, monkeypatch, broken):
         monkeypatch.setattr(dgpg, "guidance", wrong_guidance)
     else:
         monkeypatch.setattr(torch.nn.functional, "huber_loss", wrong_gradient)
-    with pytest.raises(RuntimeError, match="finite"):
+    with pytest.raises(AssertionError, match="finite"):
         train(Args(**SMALL, episodes=9, eval_every=9))
     checkpoint = state(tmp_path)
     assert checkpoint["episode"] == 2
