@@ -57,7 +57,7 @@ def check(args):
     """Raises InputError, naming the option, where a value would fail late or silently train something else."""
     for name, kind in Args.__annotations__.items():
         low = 1 if kind is int and name not in ("seed", "episodes") else 0
-        high = 1 if name in ("gamma", "gae_lambda", "alpha_start", "alpha_end") else math.inf
+        high = dict(seed=99_999, gamma=1, gae_lambda=1, alpha_start=1, alpha_end=1).get(name, 10**9)
         if kind in (int, float) and not low <= getattr(args, name) <= high:
             raise InputError(f"{name} must be from {low} to {high}, not {getattr(args, name)}")
     if args.num_minibatches > args.rounds * args.num_envs:
@@ -92,8 +92,9 @@ class MLP(nn.Module):
         grads = [weight.grad.mul_(self.copies) for weight in self.parameters()]
         norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]).norm(dim=0)  # [copies]
         assert norms.isfinite().all(), "a gradient is not finite; the run's checkpoint is from before this update"
+        scale = (max_norm / (norms + 1e-6)).clamp(max=1).view(-1, 1, 1)
         for grad in grads:
-            grad.mul_((max_norm / (norms + 1e-6)).clamp(max=1).view(-1, 1, 1))
+            grad.mul_(scale)
 
 
 class ValueNorm(nn.Module):
@@ -174,10 +175,8 @@ def train(args):
     next_obs, info = env.reset(seed=0)  # for the shapes
     assert next_obs.ndim == 4 and next_obs.shape[:2] == (E, N), f"obs must be [{E}, {N}, K, F], not {next_obs.shape}"
 
-    # NETWORKS
-    actor = MLP(
-        1 if args.share_parameters else N, next_obs.shape[-1], args.hidden, output_gain=0.01
-    )  # scores an action
+    # NETWORKS: the actor scores the features of one action
+    actor = MLP(1 if args.share_parameters else N, next_obs.shape[-1], args.hidden, output_gain=0.01)
     critic = MLP(actor.copies, next_obs[0, 0].size, 64, output_gain=1.0)  # V(o_i) of the agent's observation
     if args.init_actor and not checkpoint:
         restore(args.init_actor, actor=actor)
@@ -203,10 +202,7 @@ def train(args):
         torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
         start, train_seconds, result = (checkpoint[name] for name in ("episode", "train_seconds", "result"))
     else:
-        print(
-            f"{args.exp_name}: {N} agents with {next_obs.shape[2]} actions each, on {torch.get_default_device()}",
-            flush=True,
-        )
+        print(f"{args.exp_name}: {N} agents, {next_obs.shape[2]} actions, {torch.get_default_device()}", flush=True)
         for name, reference in (("best_fit", best_fit), ("random", random_policy)):
             result[f"{name}_return"] = evaluate(eval_env, reference)
             print(f"mean return of {name}: {result[f'{name}_return']:.2f}", flush=True)

@@ -286,6 +286,21 @@ def test_two_runs_that_start_at_once_have_a_folder_each(monkeypatch):
     assert len(os.listdir("runs")) == 2
 
 
+def test_no_training_scenario_is_a_held_out_one(monkeypatch):
+    """Also with the largest seed and many episodes: environment e of `reset(seed)` draws the scenario of seed + e."""
+    drawn, reset = {True: set(), False: set()}, CloudEnv.reset
+
+    def recorded(env, seed=None, options=None):
+        drawn[env.num_envs == 40] |= set(range(seed, seed + env.num_envs))
+        return reset(env, seed, options)
+
+    monkeypatch.setattr(CloudEnv, "reset", recorded)
+    for seed in (1, 99_999):
+        train(Args(**{**TINY, "episodes": 4, "num_envs": 2, "seed": seed}))
+    training = drawn[False] - {0, 1}  # the ones that are reset for the shapes
+    assert len(drawn[True]) == 40 and len(training) == 2 * 4 and not drawn[True] & training
+
+
 def broken(part, change):
     """`CloudEnv` whose `step` returns another reward, observation or part of what was played."""
 
@@ -383,7 +398,9 @@ WRONG = {
     "--episodes -1": "episodes",
     "--episodes 5 --num-envs 2": "episodes",
     "--seed -1": "seed",
+    "--seed 100000": "seed",
     "--learning-rate -1": "learning_rate",
+    "--learning-rate inf": "learning_rate",
     "--eval-every 0": "eval_every",
     "--hidden 0": "hidden",
     "--trace missing.csv": "missing.csv",

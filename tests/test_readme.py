@@ -1,0 +1,57 @@
+"""What the README shows is what is there."""
+
+import ast
+import pathlib
+import re
+import textwrap
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import dgpg
+
+ROOT = pathlib.Path(dgpg.__file__).parent
+README = (ROOT / "README.md").read_text()
+GUIDANCE, SNIPPET = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_lines_of_the_guidance_are_those_of_dgpg():
+    assert textwrap.indent(GUIDANCE, " " * 8) in (ROOT / "dgpg.py").read_text()
+
+
+def test_the_snippet_runs_a_trained_policy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dgpg.train(dgpg.Args(n_agents=4, rounds=5, episodes=1, num_minibatches=1))
+    (checkpoint,) = tmp_path.glob("runs/*/checkpoint.pt")
+    assert len(SNIPPET.splitlines()) <= 10
+    names = {}
+    exec(SNIPPET.replace("runs/…/checkpoint.pt", str(checkpoint)), names)
+    _, reward, _, _, _ = names["env"].step(names["actions"])
+    assert reward.shape == (1,) and names["actions"].shape == (1, 200)
+    # the policy is the trained one, not a new network's
+    trained = torch.load(checkpoint, weights_only=True)["actor"]
+    assert all(weight.equal(trained[name]) for name, weight in names["actor"].state_dict().items())
+
+
+def test_every_tag_is_explained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dgpg.train(dgpg.Args(n_agents=2, rounds=2, episodes=1, num_minibatches=1))
+    (run,) = tmp_path.glob("runs/*")
+    for tag in EventAccumulator(str(run)).Reload().Tags()["scalars"]:
+        group, name = tag.split("/")
+        if group != "eval":  # the figures of the final line
+            assert f"`{name}`" in README[README.index(f"`{group}/`") :], tag
+    assert "`return_argmax`" in README
+
+
+def test_the_contract_names_what_dgpg_imports():
+    imported = [
+        name.name
+        for node in ast.parse((ROOT / "dgpg.py").read_text()).body
+        if isinstance(node, ast.ImportFrom) and node.module in ("cloud_env", "analytic_model")
+        for name in node.names
+    ]
+    contract = README[README.index("## Your own system") : README.index("## Deviations")]
+    assert len(imported) == 7
+    for name in imported:
+        assert f"`{name}" in contract, name
