@@ -30,7 +30,7 @@ def main(args):
     points = []
     figure, axes = plt.subplots(figsize=(7, 4))
     for (_, n, _), seeds in curves(rows).items():
-        first = [reached(*curve) for curve in seeds.values()]
+        first = [reached(*seeds[seed]) for seed in sorted(seeds)]
         points += [(n, episode) for episode in first]
         at = [shown([ratios[episodes == k][0] for episodes, ratios in seeds.values()]) for k in (10, 20)]
         last = [row for key, row in ends.items() if key[0] == n]
