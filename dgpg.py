@@ -1,7 +1,7 @@
 """Descent-Guided Policy Gradient (DG-PG, Yang & Liu 2026, arXiv 2602.20078): MAPPO, guided by an analytical model.
 
 Trains N agents that share one reward, on heterogeneous cloud scheduling, and measures them on held-out scenarios.
-Options come in this order: the run, the task, the algorithm and what is its own.
+Options come in this order: the run, the task, the algorithm, and what is special to it.
 The model gives each agent its own gradient g_i = ⟨x − x̃, z_i⟩, whose noise does not grow with N: Â ← (1−α) Â − α g.
 
 Letters in shapes: N agents, E environments, T rounds, B = T E states, K actions, F features of an action.
@@ -36,7 +36,7 @@ class Args:
     n_agents: int = 50  # number of agents N, each with one task per round; also the number of servers
     rounds: int = 100  # rounds T of one episode
     load: float = 0.8  # long-run offered load as a fraction of the fleet's capacity
-    servers_per_agent: int = 8  # servers K that an agent reaches (at most N)
+    servers_per_agent: int = 8  # servers K that an agent reaches (N if that is fewer)
     trace: str | None = None  # a CSV file of real workload: trains on its first 80 %, evaluates on its last 20 %
     # the algorithm
     episodes: int = 20  # training episodes, all environments counted
@@ -96,7 +96,7 @@ class MLP(nn.Module):
 
     def clip_grad(self, max_norm):
         """Scale the gradient of each network, as of the mean over its own samples, to a norm of at most `max_norm`."""
-        grads = [weight.grad.mul_(self.copies) for weight in self.parameters()]
+        grads = [weight.grad.mul_(self.copies) for weight in self.parameters()]  # the loss is the mean over all of them
         norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]).norm(dim=0)  # [copies]
         assert norms.isfinite().all(), "a gradient is not finite; the run's checkpoint is from before this update"
         scale = (max_norm / (norms + 1e-6)).clamp(max=1).view(-1, 1, 1)
@@ -149,6 +149,7 @@ def guidance(x, x_ref, z, touched, actions):
     (B, N, K, J, R), M = z.shape, x.shape[1]
     assert x.shape == x_ref.shape == (B, M, R), f"{x.shape=} {x_ref.shape=} {z.shape=}"
     assert touched.shape == (B, N, K, J) and actions.shape == (N, B), f"{touched.shape=} {actions.shape=} {z.shape=}"
+    assert 0 <= touched.min() and touched.max() < M, f"touched must be numbers of the {M} components"
     states, agents = torch.arange(B), torch.arange(N).unsqueeze(1)
     z, touched = z.transpose(0, 1), touched.transpose(0, 1)  # agents first
     own_z, own_touched = z[agents, states, actions].unsqueeze(2), touched[agents, states, actions].unsqueeze(2)
@@ -185,7 +186,7 @@ def train(args):
     if args.resume:
         folder, checkpoint = args.resume, restore(f"{args.resume}/checkpoint.pt")
         if args != Args(resume=folder) or checkpoint["script"] != script:
-            raise InputError(f"resume goes on with a run of {checkpoint['script']}, under its options: give no other")
+            raise InputError(f"resume: {folder} is a run of {checkpoint['script']}, under its options: give no other")
         args, start_time = Args(**checkpoint["args"]), start_time - checkpoint["seconds"]
     check(args)
     torch.manual_seed(args.seed)
@@ -200,6 +201,7 @@ def train(args):
     eval_env = CloudEnv(max(1, min(40, 40_000 // N)), *task, held_out=True)  # fewer where each averages more agents
     next_obs, info = env.reset(seed=0)  # for the shapes
     assert next_obs.ndim == 4 and next_obs.shape[:2] == (E, N), f"obs must be [{E}, {N}, K, F], not {next_obs.shape}"
+    assert info["state"].ndim == 2 and len(info["state"]) == E, f"state must be [{E}, S], not {info['state'].shape}"
 
     # NETWORKS: the actor scores the features of one action
     actor = MLP(1 if args.share_parameters else N, next_obs.shape[-1], args.hidden, output_gain=0.01)
@@ -253,13 +255,13 @@ def train(args):
         if episode == args.episodes:
             result["return_argmax"] = evaluate(eval_env, lambda *seen: policy(*seen, argmax=True))
         best, random = result["best_fit_return"], result["random_return"]
-        score, ratio = (value - random) / ((best - random) or math.nan), value / (best or math.nan)
-        result.update({"return": value, "score": score, "cost_ratio": ratio})
+        score, cost_ratio = (value - random) / ((best - random) or math.nan), value / (best or math.nan)
+        result.update({"return": value, "score": score, "cost_ratio": cost_ratio})
         for name, number in result.items():
             writer.add_scalar(f"eval/{name}", number, episode)
         sps = episode * T * N / (train_seconds or math.nan)
         left = (time.time() - loop_time) / ((episode - start) or math.nan) * (args.episodes - episode)
-        print(f"{episode:8d} {value:10.2f} {score:8.4f} {ratio:10.3f} {sps:9.0f} {left:7.0f}", flush=True)
+        print(f"{episode:8d} {value:10.2f} {score:8.4f} {cost_ratio:10.3f} {sps:9.0f} {left:7.0f}", flush=True)
 
     loop_time = time.time()
     print(f"{'episodes':>8} {'return':>10} {'score':>8} {'cost_ratio':>10} {'SPS':>9} {'left_s':>7}", flush=True)

@@ -192,7 +192,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
     assert run(whole, "dgpg.py", *WHOLE) == (0, [])
     for what, call, episode in (("no room for the next checkpoint", 3, 4), ("no room for the next events", 35, 8)):
         status, lines = run(stopped, "dgpg.py", *options, stop=(what, call))
-        assert status == 1 and "Error" in lines[-1], (what, lines)
+        assert status == 1 and any("Error" in line for line in lines), (what, lines)  # of two threads, in any order
         assert state(stopped)["episode"] == episode
         options = flags(resume=only_run(stopped))
     assert run(stopped, "dgpg.py", *options) == (0, [])
