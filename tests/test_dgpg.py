@@ -367,6 +367,33 @@ def test_observations_and_states_of_another_shape_are_refused(monkeypatch, part)
     assert not os.path.exists("runs")
 
 
+@pytest.mark.parametrize("script", [dgpg, mappo, ippo])
+def test_annealing_takes_the_learning_rate_of_adam_to_0(script):
+    script.train(script.Args(**{**TINY, "episodes": 4, "num_envs": 2}, learning_rate=0.01, anneal_lr=True))
+    assert [value for _, value in scalars()["charts/learning_rate"]] == pytest.approx([0.01, 0.005])  # two updates
+
+
+def test_same_seed_same_numbers_however_often_it_is_evaluated(tmp_path, monkeypatch):
+    logged = []
+    for run, (every, seed) in enumerate([(1, 1), (1, 1), (9, 1), (1, 2)]):
+        (tmp_path / str(run)).mkdir()
+        monkeypatch.chdir(tmp_path / str(run))
+        train(Args(**{**TINY, "eval_every": every}, seed=seed))
+        logged.append(scalars())
+        del logged[-1]["charts/SPS"]  # wall time
+    assert logged[0] == logged[1]
+    assert all(points[-1] == logged[0][tag][-1] for tag, points in logged[2].items())  # with fewer evaluations
+    assert logged[0]["losses/policy_loss"] == logged[2]["losses/policy_loss"]
+    assert all(logged[0][tag] != logged[3][tag] for tag in ("eval/return", "losses/policy_loss", "guidance/g_std"))
+
+
+def test_trace_is_trained_and_evaluated_on():
+    rows = [f"{60 * i // 7},{60 + 977 * i % 1201},{1 + i % 5},{2 + i % 11}" for i in range(600)]
+    pathlib.Path("trace.csv").write_text("\n".join(["arrival_s,duration_s,cpu,memory_gib", *rows]))
+    on_trace = train(Args(**TINY, trace="trace.csv"))
+    assert on_trace["return"] != train(Args(**TINY))["return"]
+
+
 WRONG = {
     "--servers-per-agent 0": "servers_per_agent",
     "--alpha-end -0.1": "alpha_end",
