@@ -137,6 +137,7 @@ def evaluate(env, policy):
     (obs, _), returns = env.reset(seed=10**12), 0  # training scenarios have smaller seeds
     for _ in range(env.rounds):
         obs, reward, _, _, _ = env.step(policy(env, obs))
+        assert reward.shape == (env.num_envs,) and np.isfinite(reward).all(), f"a reward [E] cannot be {reward}"
         returns = returns + reward
     return returns.mean().item()
 
@@ -156,10 +157,11 @@ def train(args):
     """Train and evaluate as `args` says. Returns the final line's figures. Raises InputError on bad options."""
     # SET UP: nothing is written before all options are known to be good
     start_time, checkpoint, script = time.time(), None, os.path.basename(__file__)
-    if args.resume:
+    if args.resume is not None:
         folder, checkpoint = args.resume, restore(f"{args.resume}/checkpoint.pt")
-        if args != Args(resume=folder) or checkpoint["script"] != script:
-            raise InputError(f"resume: {folder} is a run of {checkpoint['script']}, under its options: give no other")
+        known = checkpoint.get("script") == script and checkpoint["args"].keys() == asdict(args).keys()
+        if args != Args(resume=folder) or not known:
+            raise InputError(f"resume: {folder} must be a run of this {script}, under its own options: give no other")
         args, start_time = Args(**checkpoint["args"]), start_time - checkpoint["seconds"]
     check(args)
     torch.manual_seed(args.seed)
@@ -179,7 +181,7 @@ def train(args):
     # NETWORKS: the actor scores the features of one action
     actor = MLP(1 if args.share_parameters else N, next_obs.shape[-1], args.hidden, output_gain=0.01)
     critic = MLP(1, info["state"].shape[-1], 64, output_gain=1.0)  # V(s) of the global state
-    if args.init_actor and not checkpoint:
+    if args.init_actor is not None and not checkpoint:
         restore(args.init_actor, actor=actor)
     value_norm, weights = ValueNorm(), [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(weights, lr=args.learning_rate, eps=1e-5, fused=True)
@@ -251,16 +253,16 @@ def train(args):
         # ROLLOUT: an episode's scenario depends on the seed and the episode's number only
         next_obs, info = env.reset(seed=args.seed * 10**6 + episode - E)
         steps, states, rewards = [], [], []
-        for _ in range(T):
+        for t in range(T):
             obs = tensor(next_obs).transpose(0, 1)  # [N, E, K, F], agents first
             states.append(tensor(info["state"]))
             dist = Categorical(logits=actor(obs).detach())
             actions = dist.sample()
             steps.append((obs, actions, dist.log_prob(actions)))
-            next_obs, reward, terminated, truncated, info = env.step(actions.T.cpu().numpy())
+            next_obs, reward, terminated, truncated, info = env.step(actions.T.cpu().numpy().copy())
             assert reward.shape == (E,), f"reward must be [{E}], not {reward.shape}"
-            rewards.append(tensor(reward))
-        assert truncated.all() and not terminated.any(), "an episode must be cut off after its last round"
+            assert (truncated == (t == T - 1)).all() and not terminated.any(), "only round T may be cut off"
+            rewards.append(tensor(reward).float())
         states.append(tensor(info["state"]))  # the last state has a value: bootstrap from it
 
         # ADVANTAGES, from values in the reward's units

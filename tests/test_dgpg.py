@@ -250,6 +250,58 @@ def test_the_loss_is_that_of_the_mixed_advantage(monkeypatch, share_parameters, 
     assert scalars()["losses/policy_loss"][0][1] == pytest.approx(sum(policy_losses) / 12, rel=1e-3)
 
 
+def test_what_the_critic_and_the_guidance_are_given(monkeypatch):
+    """Two environments, so that an order of states as (E, T) instead of (T, E) is another one. The critic's states, the
+    one after the last round included, its targets and their weight, and the x of every state, as the environment gave
+    them."""
+    states, xs, given, regressed, perms, gradients = [], [], {}, [], [], []
+    reset, step, randperm, huber = CloudEnv.reset, CloudEnv.step, torch.randperm, torch.nn.functional.huber_loss
+
+    def record(env, obs, *rest):
+        if env.num_envs == 2:
+            states.append(torch.tensor(rest[-1]["state"]))
+            if rest[-1]["played"]:
+                xs.append(torch.tensor(rest[-1]["played"]["x"]).float())
+        return obs, *rest
+
+    def critic_loss(values, targets, **options):
+        regressed.append((values.detach(), targets))
+        values.register_hook(lambda gradient: gradients.append(gradient))
+        return huber(values, targets, **options)
+
+    monkeypatch.setattr(CloudEnv, "reset", lambda env, seed: record(env, *reset(env, seed)))
+    monkeypatch.setattr(CloudEnv, "step", lambda env, actions: record(env, *step(env, actions)))
+    monkeypatch.setattr(torch, "randperm", lambda n: perms.append(randperm(n)) or perms[-1])
+    monkeypatch.setattr(torch.nn.functional, "huber_loss", critic_loss)
+    monkeypatch.setattr(dgpg, "gae", lambda *args: given.update(gae=args, advantages=gae(*args)) or given["advantages"])
+    monkeypatch.setattr(dgpg, "guidance", lambda *args: given.update(guidance=args) or guidance(*args))
+    monkeypatch.setattr(dgpg, "evaluate", lambda env, policy: -1.0)
+    critics, init = [], MLP.__init__
+    monkeypatch.setattr(MLP, "__init__", lambda net, *args, **gain: init(net, *args, **gain) or critics.append(net))
+    train(Args(**TINY, num_envs=2, learning_rate=0.0))  # the critic stays as it was
+
+    states, critic = torch.stack(states[1:]), critics[1]  # after the reset for the shapes: [T + 1, E, S]
+    assert torch.equal(given["guidance"][0], torch.stack(xs).flatten(0, 1))
+    rewards, values, _, _ = given["gae"]
+    torch.testing.assert_close(values, critic(states).detach())  # before the first update in the rewards' units
+    returns = given["advantages"] + values[:-1]
+    scores = ((returns - returns.mean()) / returns.var(correction=0).clamp(min=1e-4).sqrt()).flatten()
+    for epoch in range(2):
+        for k, index in enumerate(perms[4 * epoch].tensor_split(3)):
+            predicted, targets = regressed[3 * epoch + k]
+            torch.testing.assert_close(predicted, critic(states[:-1].flatten(0, 1)[index]).detach())
+            torch.testing.assert_close(targets, scores[index], rtol=1e-4, atol=1e-4)
+            error = (predicted - targets).clamp(-10, 10) / len(index)  # of the mean Huber loss, weight 1
+            torch.testing.assert_close(gradients[3 * epoch + k], error, rtol=1e-4, atol=1e-6)
+
+
+def test_evaluated_on_the_held_out_part(monkeypatch):
+    made, init = [], CloudEnv.__init__
+    monkeypatch.setattr(CloudEnv, "__init__", lambda env, *args, **part: made.append(part) or init(env, *args, **part))
+    train(Args(**{**TINY, "episodes": 0}))
+    assert made == [{}, {"held_out": True}]
+
+
 def test_guided_policy_learns_and_the_others_do_not():
     """Ten episodes at N = 5: DG-PG comes near Best-Fit (score 1), random (0), untrained and unguided policies do not."""
     budget = dict(n_agents=5, episodes=10, eval_every=10)
@@ -336,6 +388,7 @@ def broken(part, change):
         ("reward", lambda x: x.sum(), AssertionError, "reward"),
         ("reward", lambda x: x[:, None], AssertionError, "reward"),
         ("truncated", lambda x: ~x, AssertionError, "cut off"),
+        ("truncated", lambda x: x | True, AssertionError, "cut off"),
         ("state", lambda x: x, KeyError, "state"),
         ("x", lambda x: x[:, :-1], AssertionError, "x.shape"),
         ("x", lambda x: x[..., :1], AssertionError, "x.shape"),
@@ -419,6 +472,7 @@ WRONG = {
     "--trace negative.csv": "line 2: duration_s",
     "--resume missing": "missing",
     "--init-actor missing.pt": "missing.pt",
+    "--init-actor=": "cannot be used",
     "--init-actor short.csv": "short.csv",
     "--init-actor other.pt": "other.pt",
 }

@@ -8,6 +8,7 @@ import pathlib
 import pickle
 import resource
 import runpy
+import shutil
 import signal
 import sys
 
@@ -271,14 +272,21 @@ def test_what_cannot_be_resumed(tmp_path):
     before = contents(tmp_path)
     assert "missing" in refusal("missing")
     assert "give no other" in refusal(run, seed=2)
-    with pytest.raises(InputError, match="a run of dgpg.py"):
+    assert "cannot be used" in refusal("")  # of a shell variable that is not set
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    pathlib.Path("older").mkdir()
+    for other in ({"actor": saved["actor"]}, saved | {"args": saved["args"] | {"norm_adv": True}}):
+        torch.save(other, "older/checkpoint.pt")
+        assert "must be a run of this dgpg.py" in refusal("older")
+    shutil.rmtree("older")
+    with pytest.raises(InputError, match="a run of this mappo.py"):
         mappo.train(mappo.Args(resume=str(run)))
     assert contents(tmp_path) == before
     # the same parts in the same shapes as DG-PG's and IPPO's actor
     mappo.train(mappo.Args(**SMALL, num_envs=1, episodes=1))
     (other,) = (path for path in (tmp_path / "runs").iterdir() if path != run)
     for script in (dgpg, ippo):
-        with pytest.raises(InputError, match="a run of mappo.py"):
+        with pytest.raises(InputError, match="must be a run of this"):
             script.train(script.Args(resume=str(other)))
 
 

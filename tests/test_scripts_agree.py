@@ -1,6 +1,7 @@
 """The three scripts repeat each other to the letter: what they share by name has the same source."""
 
 import ast
+import difflib
 import itertools
 import pathlib
 import sys
@@ -57,6 +58,36 @@ def test_what_two_scripts_share_is_the_same(one, other):
     for name in first.keys() & second.keys():
         assert first[name][::2] == second[name][::2], name
         assert first[name][1] == second[name][1] or name in TUNED, name
+
+
+def train_lines(script):
+    """The lines of `train` without the comments behind them."""
+    source, body = parse(script)
+    (node,) = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == "train"]
+    return [line.split("  # ")[0].strip() for line in ast.get_source_segment(source, node).splitlines()]
+
+
+def changed(one, other):
+    """Lines of `train` that only the first script has, and that only the other one has."""
+    lines = list(difflib.ndiff(train_lines(one), train_lines(other)))
+    return [[line[2:] for line in lines if line[0] == sign] for sign in "-+"]
+
+
+def test_train_is_the_same_but_for_the_critic_and_the_guidance():
+    gone, new = changed("mappo.py", "ippo.py")
+    assert gone == [
+        'critic = MLP(1, info["state"].shape[-1], 64, output_gain=1.0)',
+        'states.append(tensor(info["state"]))',
+        'states.append(tensor(info["state"]))',
+    ]
+    assert new == [
+        "critic = MLP(actor.copies, next_obs[0, 0].size, 64, output_gain=1.0)",
+        "states.append(obs.flatten(2))",
+        "states.append(tensor(next_obs).transpose(0, 1).flatten(2))",
+    ]
+    gone, new = changed("mappo.py", "dgpg.py")
+    assert gone == ["steps, states, rewards = [], [], []"]
+    assert 15 < len(new) < 20 and "b_advantages = (1 - alpha) * b_advantages - alpha * standardise(g)" in new
 
 
 def test_only_dgpg_knows_of_guidance():
