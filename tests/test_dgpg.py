@@ -295,6 +295,48 @@ def test_what_the_critic_and_the_guidance_are_given(monkeypatch):
             torch.testing.assert_close(gradients[3 * epoch + k], error, rtol=1e-4, atol=1e-6)
 
 
+def test_values_are_in_the_rewards_units_after_the_first_update(monkeypatch):
+    """From the second update on the critic's standard scores are those of the returns so far."""
+    calls, norms = [], []
+    monkeypatch.setattr(dgpg, "gae", lambda *args: calls.append((args[1], gae(*args))) or calls[-1][1])
+    update = ValueNorm.update
+    monkeypatch.setattr(
+        ValueNorm, "update", lambda norm, returns: update(norm, returns) or norms.append(norm.mean_std())
+    )
+    monkeypatch.setattr(
+        MLP, "forward", lambda net, x: 0.5 * x.new_ones(x.shape[:-1]) + 0 * sum(map(torch.sum, net.parameters()))
+    )
+    train(Args(**TINY))
+    (first, advantages), (second, _) = calls
+    returns = advantages + first[:-1]
+    torch.testing.assert_close(first, torch.full_like(first, 0.5))
+    mean, std = returns.mean(), returns.var(correction=0).clamp(min=1e-4).sqrt()
+    assert std < 0.5  # so that leaving it out would show
+    torch.testing.assert_close(second, (0.5 * std + mean).expand_as(second), rtol=1e-4, atol=1e-4)
+
+
+def test_the_entropy_bonus_keeps_the_policy_from_deciding():
+    options = dict(n_agents=3, rounds=20, episodes=3, eval_every=3)
+    entropies = []
+    for weight in (0.0, 1.0):
+        train(Args(**options, ent_coef=weight, exp_name=str(weight)))
+        (run,) = pathlib.Path("runs").glob(f"{weight}__*")
+        entropies.append(EventAccumulator(str(run)).Reload().Scalars("losses/entropy")[-1].value)
+    assert entropies[0] < entropies[1] - 0.05
+
+
+def test_an_environment_may_write_into_its_actions(monkeypatch):
+    class Writes(CloudEnv):
+        def step(self, actions):
+            returned = super().step(actions)
+            actions[...] = 0
+            return returned
+
+    result = train(Args(**TINY))
+    monkeypatch.setattr(dgpg, "CloudEnv", Writes)
+    assert train(Args(**TINY)) == result
+
+
 def test_evaluated_on_the_held_out_part(monkeypatch):
     made, init = [], CloudEnv.__init__
     monkeypatch.setattr(CloudEnv, "__init__", lambda env, *args, **part: made.append(part) or init(env, *args, **part))
