@@ -20,9 +20,8 @@ SHAPE, LOW, HIGH = 1.5, 10.0, 100.0  # elephants' durations: bounded Pareto on [
 PARETO_MEAN = SHAPE / (SHAPE - 1) * (LOW ** (1 - SHAPE) - HIGH ** (1 - SHAPE)) / (LOW**-SHAPE - HIGH**-SHAPE)
 MEAN_DURATION = (1 - ELEPHANTS) * (1 + 4) + ELEPHANTS * PARETO_MEAN  # 7.4 rounds
 GIB_PER_VCPU = np.array([1.0, 2.0, 4.0, 8.0])
-CPU_WORK = (1 - ELEPHANTS) * 0.55 * (
-    1 + 4
-) + ELEPHANTS * 2.5 * PARETO_MEAN  # E[cpu duration], vCPU rounds, before scaling
+# E[cpu duration] in vCPU rounds, before scaling
+CPU_WORK = (1 - ELEPHANTS) * 0.55 * (1 + 4) + ELEPHANTS * 2.5 * PARETO_MEAN
 
 
 class InputError(SystemExit):
@@ -205,10 +204,11 @@ class CloudEnv:
         obs[..., 0:2] = np.log1p(self.x)[:, self.reach]
         obs[..., 2:4] = z
         obs[..., 4:6] = np.log(self.capacity)[self.reach]
-        obs[..., 6] = np.log(self.duration[self.t].clip(1e-3))[:, :, None]
-        offered = self.offered_load[self.t] / self.capacity.sum(0)
-        state = np.concatenate([self.x.reshape(self.num_envs, -1), offered], 1).astype(np.float32)
-        return obs, {"state": state, "played": played}
+        log_duration = np.log(self.duration[self.t].clip(1e-3))[..., None]
+        obs[..., 6] = log_duration
+        parts = self.x, self.offered_load[self.t] / self.capacity.sum(0), self.demand[self.t] / self.capacity.mean(0)
+        state = np.concatenate([part.reshape(self.num_envs, -1) for part in (*parts, log_duration)], 1)
+        return obs, {"state": state.astype(np.float32), "played": played}
 
     def step(self, actions):
         """Place every agent's task on the `actions`-th of its reachable servers, and serve until the next round.
@@ -216,7 +216,8 @@ class CloudEnv:
         actions: [E, N] integers in [0, K). Returns obs [E, N, K, F], F = 7: log(1 + x), z, log capacity, log duration;
         reward [E]; terminated [E] (never), truncated [E] (after round T: bootstrap from this observation) and info.
 
-        info["state"] [E, 2M + 2]: the global state that belongs to obs: all x, offered load per capacity.
+        info["state"] [E, 2M + 2 + 3N]: the global state that belongs to obs: all x, offered load per capacity, every
+        agent's demand per the fleet's mean capacity and log duration.
         info["played"]: of the round just played (empty after `reset`) "x" [E, M, 2], utilisation right after the joint
         action, "demand" [E, N, 2] and "offered_load" [E, 2], both in vCPU and GiB.
         Raises ValueError on actions of the wrong shape, type or range, RuntimeError before `reset` and after the end.

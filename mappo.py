@@ -3,7 +3,7 @@
 Trains N agents that share one reward, on heterogeneous cloud scheduling, and measures them on held-out scenarios.
 Options come in this order: the run, the task, the algorithm, and what is special to it.
 
-Letters in shapes: N agents, E environments, T rounds, B = T E states, K actions, F features of an action.
+Letters in shapes: N agents, E environments, T rounds, B states of a batch, K actions, F features of an action.
 """
 
 import math
@@ -29,23 +29,23 @@ class Args:
     cuda: bool = False  # train on a GPU if there is one (not measured)
     init_actor: str | None = None  # a run's checkpoint.pt to take the actor from, of any N if the actor is shared
     resume: str | None = None  # the folder of an interrupted run to go on with, under its own options
-    # the task
     n_agents: int = 50  # number of agents N, each with one task per round; also the number of servers
     rounds: int = 100  # rounds T of one episode
     load: float = 0.8  # long-run offered load as a fraction of the fleet's capacity
     servers_per_agent: int = 8  # servers K that an agent reaches (N if that is fewer)
     trace: str | None = None  # a CSV file of real workload: trains on its first 80 %, evaluates on its last 20 %
-    # the algorithm
     episodes: int = 1600  # training episodes, all environments counted
     eval_every: int = 80  # episodes between two evaluations
-    num_envs: int = 8  # environments that step together; one update takes an episode of each
+    eval_scenarios: int = 0  # held-out scenarios of an evaluation; 0: 4,000 / N, at least 4 and at most 40
+    num_envs: int = 8  # environments E that step together
+    num_steps: int = 100  # rounds of every environment per update; a divisor of rounds
     share_parameters: bool = True  # one actor for all agents, or one actor per agent
     hidden: int = 32  # width of the actor's two hidden layers
     learning_rate: float = 1e-2  # Adam's learning rate, actor and critic
     anneal_lr: bool = False  # let the learning rate fall linearly to 0
     gamma: float = 0.97  # discount factor per round
     gae_lambda: float = 0.9  # λ of generalised advantage estimation
-    num_minibatches: int = 4  # minibatches per epoch, each of T E / num_minibatches states
+    num_minibatches: int = 4  # minibatches per epoch, each of num_steps E / num_minibatches states
     minibatch_agents: int = 50  # agents that a minibatch draws to train a shared actor (one per agent: always all)
     update_epochs: int = 10  # epochs per update
     clip_coef: float = 0.2  # clip range of the policy ratio
@@ -56,14 +56,15 @@ class Args:
 def check(args):
     """Raises InputError, naming the option, where a value would fail late or silently train something else."""
     for name, kind in Args.__annotations__.items():
-        low = 1 if kind is int and name not in ("seed", "episodes") else 0
+        low = 1 if kind is int and name not in ("seed", "episodes", "eval_scenarios") else 0
         high = dict(seed=99_999, gamma=1, gae_lambda=1, alpha_start=1, alpha_end=1).get(name, 10**9)
         if kind in (int, float) and not low <= getattr(args, name) <= high:
             raise InputError(f"{name} must be from {low} to {high}, not {getattr(args, name)}")
-    if args.num_minibatches > args.rounds * args.num_envs:
-        raise InputError(f"num_minibatches must be at most rounds x num_envs, not {args.num_minibatches}")
-    if args.episodes % args.num_envs:
-        raise InputError(f"episodes must be a multiple of num_envs, not {args.episodes}")
+    if args.num_minibatches > args.num_steps * args.num_envs:
+        raise InputError(f"num_minibatches must be at most num_steps x num_envs, not {args.num_minibatches}")
+    for whole, part in (("episodes", "num_envs"), ("rounds", "num_steps")):
+        if getattr(args, whole) % getattr(args, part):
+            raise InputError(f"{whole} must be a multiple of {part}, not {getattr(args, whole)}")
 
 
 class MLP(nn.Module):
@@ -89,10 +90,10 @@ class MLP(nn.Module):
 
     def clip_grad(self, max_norm):
         """Scale the gradient of each network, as of the mean over its own samples, to a norm of at most `max_norm`."""
-        grads = [weight.grad.mul_(self.copies) for weight in self.parameters()]  # the loss is the mean over all of them
-        norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]).norm(dim=0)  # [copies]
+        grads = [weight.grad for weight in self.parameters()]  # of a loss that is the mean over all of them
+        norms = self.copies * torch.cat([grad.flatten(1) for grad in grads], 1).norm(dim=1)  # [copies]
         assert norms.isfinite().all(), "a gradient is not finite; the run's checkpoint is from before this update"
-        scale = (max_norm / (norms + 1e-6)).clamp(max=1).view(-1, 1, 1)
+        scale = self.copies * (max_norm / (norms + 1e-6)).clamp(max=1).view(-1, 1, 1)
         for grad in grads:
             grad.mul_(scale)
 
@@ -126,10 +127,6 @@ def gae(rewards, values, gamma, gae_lambda):
         delta = rewards[t] + gamma * values[..., t + 1, :] - values[..., t, :]  # δ_t = r_t + γ V(s_{t+1}) − V(s_t)
         advantages[..., t, :] = advantage = delta + gamma * gae_lambda * advantage  # Â_t = δ_t + γλ Â_{t+1}
     return advantages
-
-
-def standardise(x):
-    return (x - x.mean()) / (x.std(correction=0) + 1e-8)
 
 
 def evaluate(env, policy):
@@ -167,13 +164,12 @@ def train(args):
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # the matrices are small: a second thread costs more than it brings
     Distribution.set_default_validate_args(False)  # its checks take as long as the sampling
-    if args.cuda and torch.cuda.is_available():
-        torch.set_default_device("cuda")
+    torch.set_default_device("cuda" if args.cuda and torch.cuda.is_available() else None)
 
     # ENVIRONMENTS
     task = args.n_agents, args.rounds, args.load, args.servers_per_agent, args.trace
     env, N, E, T = CloudEnv(args.num_envs, *task), args.n_agents, args.num_envs, args.rounds
-    eval_env = CloudEnv(max(1, min(40, 40_000 // N)), *task, held_out=True)  # fewer where each averages more agents
+    eval_env = CloudEnv(args.eval_scenarios or max(4, min(40, 4_000 // N)), *task, held_out=True)
     next_obs, info = env.reset(seed=0)  # for the shapes
     assert next_obs.ndim == 4 and next_obs.shape[:2] == (E, N), f"obs must be [{E}, {N}, K, F], not {next_obs.shape}"
     assert info["state"].ndim == 2 and len(info["state"]) == E, f"state must be [{E}, S], not {info['state'].shape}"
@@ -247,69 +243,72 @@ def train(args):
             measure(0)
         save_checkpoint(0)
 
-    for episode in range(start + E, args.episodes + 1, E):  # one update takes an episode of every environment
-        update_start = time.time()
+    for episode in range(start + E, args.episodes + 1, E):  # an episode of every environment
+        episode_start, episodic_return, losses = time.time(), 0, []
+        next_obs, info = env.reset(seed=args.seed * 10**6 + episode - E)  # the scenario depends on nothing else
+        for first in range(0, T, args.num_steps):  # an update takes the next rounds of each
+            progress = (episode - E + first / T * E) / args.episodes  # from 0 to 1
+            # ROLLOUT
+            steps, states, rewards = [], [], []
+            for t in range(first, first + args.num_steps):
+                obs = tensor(next_obs).transpose(0, 1)  # [N, E, K, F], agents first
+                states.append(tensor(info["state"]))
+                dist = Categorical(logits=actor(obs).detach())
+                actions = dist.sample()
+                steps.append((obs, actions, dist.log_prob(actions)))
+                next_obs, reward, terminated, truncated, info = env.step(actions.T.cpu().numpy().copy())
+                assert reward.shape == (E,), f"reward must be [{E}], not {reward.shape}"
+                assert (truncated == (t == T - 1)).all() and not terminated.any(), "only round T may be cut off"
+                rewards.append(tensor(reward).float())
+            states.append(tensor(info["state"]))  # the last state has a value: bootstrap from it
 
-        # ROLLOUT: an episode's scenario depends on the seed and the episode's number only
-        next_obs, info = env.reset(seed=args.seed * 10**6 + episode - E)
-        steps, states, rewards = [], [], []
-        for t in range(T):
-            obs = tensor(next_obs).transpose(0, 1)  # [N, E, K, F], agents first
-            states.append(tensor(info["state"]))
-            dist = Categorical(logits=actor(obs).detach())
-            actions = dist.sample()
-            steps.append((obs, actions, dist.log_prob(actions)))
-            next_obs, reward, terminated, truncated, info = env.step(actions.T.cpu().numpy().copy())
-            assert reward.shape == (E,), f"reward must be [{E}], not {reward.shape}"
-            assert (truncated == (t == T - 1)).all() and not terminated.any(), "only round T may be cut off"
-            rewards.append(tensor(reward).float())
-        states.append(tensor(info["state"]))  # the last state has a value: bootstrap from it
+            # ADVANTAGES, from values in the reward's units
+            rewards, states = torch.stack(rewards), torch.stack(states, -3)
+            episodic_return += rewards.sum(0).mean()
+            mean, std = value_norm.mean_std()
+            values = critic(states).detach() * std + mean  # [num_steps + 1, E]
+            advantages = gae(rewards, values, args.gamma, args.gae_lambda)
+            returns = advantages + values[..., :-1, :]
+            explained_variance = 1 - advantages.var(correction=0) / returns.var(correction=0)
+            value_norm.update(returns)
+            mean, std = value_norm.mean_std()
+            b_obs, b_actions, b_logprobs = (torch.stack(part, 1).flatten(1, 2) for part in zip(*steps))
+            b_states, b_returns = states[..., :-1, :, :].flatten(-3, -2), ((returns - mean) / std).flatten(-2)
+            advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+            b_advantages = advantages.flatten(-2).expand(N, -1)  # [N, B], agents first
 
-        # ADVANTAGES, from values in the reward's units
-        rewards, states = torch.stack(rewards), torch.stack(states, -3)
-        mean, std = value_norm.mean_std()
-        values = critic(states).detach() * std + mean  # [T + 1, E]
-        advantages = gae(rewards, values, args.gamma, args.gae_lambda)
-        returns = advantages + values[..., :-1, :]
-        explained_variance = 1 - advantages.var(correction=0) / returns.var(correction=0)
-        value_norm.update(returns)
-        mean, std = value_norm.mean_std()
-        b_obs, b_actions, b_logprobs = (torch.stack(part, 1).flatten(1, 2) for part in zip(*steps))
-        b_states, b_returns = states[..., :-1, :, :].flatten(-3, -2), ((returns - mean) / std).flatten(-2)
-        b_advantages = standardise(advantages).flatten(-2).expand(N, -1)  # [N, B]: B = T E states, agents first
+            # UPDATE: minibatches of states, each with the same number of agents, drawn anew
+            optimizer.param_groups[0]["lr"] = (1 - args.anneal_lr * progress) * args.learning_rate
+            more = (explained_variance,)
+            for _ in range(args.update_epochs):
+                for index in torch.randperm(args.num_steps * E).tensor_split(args.num_minibatches):
+                    agents = torch.randperm(N)[: args.minibatch_agents] if args.share_parameters else torch.arange(N)
+                    sample = agents.unsqueeze(1), index
+                    dist = Categorical(logits=actor(b_obs[sample]))
+                    logratio = dist.log_prob(b_actions[sample]) - b_logprobs[sample]
+                    ratio, advantage = logratio.exp(), b_advantages[sample]  # ρ = π(a)/π_old(a)
+                    # L = −min(ρ Â, clip(ρ, 1−ε, 1+ε) Â) (Schulman et al. 2017, eq. 7)
+                    clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+                    policy_loss = torch.max(-advantage * ratio, -advantage * clipped).mean()
+                    entropy = dist.entropy().mean()
+                    value_loss = F.huber_loss(critic(b_states[..., index, :]), b_returns[..., index], delta=10.0)
+                    loss = policy_loss - args.ent_coef * entropy + value_loss
+                    optimizer.zero_grad()
+                    loss.backward()
+                    actor.clip_grad(args.max_grad_norm)
+                    critic.clip_grad(args.max_grad_norm)
+                    optimizer.step()
+                    approx_kl = (ratio - 1 - logratio).mean()  # http://joschu.net/blog/kl-approx.html
+                    clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+                    losses.append(torch.stack([value_loss, policy_loss, entropy, approx_kl, clipfrac, *more]).detach())
 
-        # UPDATE: minibatches of states, each with the same number of agents, drawn anew
-        optimizer.param_groups[0]["lr"] = (1 - args.anneal_lr * (episode - E) / args.episodes) * args.learning_rate
-        losses = []
-        for _ in range(args.update_epochs):
-            for index in torch.randperm(T * E).tensor_split(args.num_minibatches):
-                agents = torch.randperm(N)[: args.minibatch_agents] if args.share_parameters else torch.arange(N)
-                sample = agents.unsqueeze(1), index
-                dist = Categorical(logits=actor(b_obs[sample]))
-                logratio = dist.log_prob(b_actions[sample]) - b_logprobs[sample]
-                ratio, advantage = logratio.exp(), b_advantages[sample]  # ρ = π(a)/π_old(a)
-                # L = −min(ρ Â, clip(ρ, 1−ε, 1+ε) Â) (Schulman et al. 2017, eq. 7)
-                clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                policy_loss = torch.max(-advantage * ratio, -advantage * clipped).mean()
-                entropy = dist.entropy().mean()
-                value_loss = F.huber_loss(critic(b_states[..., index, :]), b_returns[..., index], delta=10.0)
-                loss = policy_loss - args.ent_coef * entropy + value_loss
-                optimizer.zero_grad()
-                loss.backward()
-                actor.clip_grad(args.max_grad_norm)
-                critic.clip_grad(args.max_grad_norm)
-                optimizer.step()
-                approx_kl = (ratio - 1 - logratio).mean()  # http://joschu.net/blog/kl-approx.html
-                clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                losses.append(torch.stack([value_loss, policy_loss, entropy, approx_kl, clipfrac]).detach())
-
-        # LOG: losses are means over the whole update
-        train_seconds += time.time() - update_start
-        names = ("value_loss", "policy_loss", "entropy", "approx_kl", "clipfrac")
-        for name, value in zip(names, torch.stack(losses).mean(0).tolist()):
-            writer.add_scalar(f"losses/{name}", value, episode)
-        writer.add_scalar("losses/explained_variance", explained_variance, episode)
-        writer.add_scalar("charts/episodic_return", rewards.sum(0).mean(), episode)
+        # LOG: means over the episode's updates
+        train_seconds += time.time() - episode_start
+        tags = "losses/value_loss losses/policy_loss losses/entropy losses/approx_kl losses/clipfrac "
+        tags += "losses/explained_variance"
+        for tag, value in zip(tags.split(), torch.stack(losses).mean(0).tolist()):
+            writer.add_scalar(tag, value, episode)
+        writer.add_scalar("charts/episodic_return", episodic_return, episode)
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], episode)
         writer.add_scalar("charts/SPS", episode * T * N / train_seconds, episode)
         if episode // args.eval_every > (episode - E) // args.eval_every or episode == args.episodes:
@@ -318,7 +317,7 @@ def train(args):
 
     writer.close()
     figures = "return={return:.2f} best_fit={best_fit_return:.2f} random={random_return:.2f} score={score:.4f}"
-    figures = (figures + " cost_ratio={cost_ratio:.3f}").format(**result)
+    figures = (figures + " cost_ratio={cost_ratio:.3f} argmax={return_argmax:.2f}").format(**result)
     print(f"final episodes={args.episodes} {figures} seconds={time.time() - start_time:.1f}")
     return result
 

@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules that the benchmarks import
 RESULTS = ROOT / "benchmark" / "results"
 FIELDS = ["script", "n_agents", "seed", "options", "episode", "return", "score", "cost_ratio"]
-FIELDS += ["best_fit", "random", "seconds", "peak_mib"]
+FIELDS += ["best_fit", "random", "argmax", "seconds", "peak_mib"]
 # quantile 0.975 of Student's t for 1 … 19 degrees of freedom; above, the last one is at most 7 % too large
 T_975 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23]
 T_975 += [2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09]
@@ -39,7 +39,7 @@ def read(path):
         return []
     with path.open(newline="") as file:
         return [
-            {name: value if name in ("script", "options") else float(value) for name, value in row.items()}
+            {name: value if name in ("script", "options") else float(value or "nan") for name, value in row.items()}
             for row in csv.DictReader(file)
         ]
 
@@ -63,7 +63,7 @@ def run(script, n_agents, seed, options):
         raise RuntimeError(f"{shlex.join(command)} ended with status {process.returncode}")
     final = dict(word.split("=") for word in lines[-1].split()[1:])
     common = dict(script=script, n_agents=n_agents, seed=seed, options=options)
-    common.update(best_fit=final["best_fit"], random=final["random"])
+    common.update({name: final[name] for name in ("best_fit", "random", "argmax")})
     common.update(seconds=f"{time.time() - start:.1f}", peak_mib=usage.ru_maxrss // 1024)
     table = [words for words in map(str.split, lines) if words and words[0].isdigit()]
     return [{**common, **dict(zip(("episode", "return", "score", "cost_ratio", "sps"), row))} for row in table]

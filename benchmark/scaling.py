@@ -3,55 +3,47 @@
 Writes results/scaling.csv (a run that is there is not repeated) and scaling.svg, and prints the table.
 """
 
-from dataclasses import dataclass
-
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from runs import curves, head, listed, reached, save, shown, slope, sweep
+from runs import RESULTS, Args, curves, head, listed, reached, read, save, shown, slope, sweep
 
-SIZES = (2, 5, 10, 20, 50, 100, 200, 500, 1000, 1500)
-
-
-@dataclass
-class Args:
-    seeds: int = 5  # seeds 1, 2, … at N up to 200
-    seeds_large: int = 3  # seeds above that
-    workers: int = 2  # runs side by side, one thread each
+SEEDS = {2: 5, 5: 20, 10: 5, 20: 5, 50: 5, 100: 5, 200: 5, 500: 3, 1000: 3, 1500: 3}  # seeds 1, 2, … of each N
+EPISODES = (1, 2, 5, 10, 20)
 
 
 def main(args):
-    many = [("dgpg.py", n, seed, "--eval-every 1") for n in SIZES if n <= 200 for seed in range(1, args.seeds + 1)]
-    seeds = range(1, args.seeds_large + 1)
-    large = [("dgpg.py", n, seed, "--eval-every 2") for n in SIZES if n > 200 for seed in seeds]
-    rows = sweep("scaling", many + large, args.workers)
-    ends = {(row["n_agents"], row["seed"]): row for row in rows}
-    head("N", "episodes until Best-Fit", "cost ratio after 10", "20", "seconds", "peak MiB")
+    jobs = [("dgpg.py", n, seed, "--eval-every 1") for n, seeds in SEEDS.items() for seed in range(1, seeds + 1)]
+    rows = read(RESULTS / "scaling.csv") if args.only_show else sweep("scaling", jobs, args.workers)
+    ends = {(int(row["n_agents"]), int(row["seed"])): row for row in rows}
+    at = [f"cost ratio after {EPISODES[0]}", *map(str, EPISODES[1:])]
+    head("N", "seeds", "first at Best-Fit", "stays there from", *at, "largest at the end", "argmax", "seconds", "MiB")
     points = []
     figure, axes = plt.subplots(figsize=(7, 4))
-    for (_, n, _), seeds in curves(rows).items():
-        first = [reached(*seeds[seed]) for seed in sorted(seeds)]
+    for (_, n, _), seeds in sorted(curves(rows).items()):
+        first, stays = ([reached(*seeds[seed], stays=stays) for seed in sorted(seeds)] for stays in (False, True))
         points += [(n, episode) for episode in first]
-        at = [shown([ratios[episodes == k][0] for episodes, ratios in seeds.values()]) for k in (10, 20)]
-        last = [row for key, row in ends.items() if key[0] == n]
-        seconds, memory = (np.median([row[name] for row in last]) for name in ("seconds", "peak_mib"))
-        print(f"| {n} | {listed(first)} | {' | '.join(at)} | {seconds:.0f} | {memory:.0f} |")
-        episodes = next(iter(seeds.values()))[0]
-        ratios = np.exp(np.mean([np.log(ratios) for _, ratios in seeds.values()], 0))
-        axes.plot(episodes, ratios, label=f"N = {n}", color=plt.cm.viridis(SIZES.index(n) / len(SIZES)))
+        ratios = np.array([ratios for _, ratios in seeds.values()])  # [seeds, episodes], one evaluation per episode
+        last = [row for (of, _), row in ends.items() if of == n]
+        cells = [shown(ratios[:, k - 1]) for k in EPISODES] + [f"{ratios[:, -1].max():.2f}"]
+        cells.append(shown([row["argmax"] / row["best_fit"] for row in last]))
+        cells += [f"{np.median([row[name] for row in last]):.0f}" for name in ("seconds", "peak_mib")]
+        print(f"| {n} | {len(last)} | {listed(sorted(first))} | {listed(sorted(stays))} | {' | '.join(cells)} |")
+        means = np.exp(np.log(ratios).mean(0))
+        axes.plot(1 + np.arange(len(means)), means, label=f"N = {n}", color=plt.cm.viridis(list(SEEDS).index(n) / 10))
     points = np.array([point for point in points if not np.isnan(point[1])])
     for least in (5, 2):  # the paper's sizes begin at 5
         some = points[points[:, 0] >= least]
         beta, error = slope(*some.T)
         print(
-            f"slope of log(episodes until Best-Fit) over log(N) from N = {least} on: "
+            f"slope of log(episodes until first at Best-Fit) over log(N) from N = {least} on: "
             f"{beta:.3f} ± {error:.3f} (standard error, {len(some)} runs)"
         )
     axes.axhline(1, color="black", lw=0.8, ls=":")
-    axes.text(20, 1.03, "Best-Fit", ha="right", va="bottom")
-    axes.set(yscale="log", xlabel="episodes", ylabel="cost ratio R / R_best_fit", xlim=(0, 20))
+    axes.text(20, 1.02, "Best-Fit", ha="right", va="bottom")
+    axes.set(yscale="log", xscale="log", xlabel="episodes", ylabel="cost ratio R / R_best_fit", xlim=(1, 20))
+    axes.set_xticks(EPISODES, EPISODES)
     axes.set_title("DG-PG: geometric mean over seeds")
-    axes.set_xticks(range(0, 21, 5))
     axes.legend(ncols=2, fontsize=8)
     save(figure, "scaling")
 

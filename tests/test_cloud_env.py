@@ -205,8 +205,10 @@ def test_observation_and_influence():
     env = CloudEnv(2, 9, load=1.5)
     env.reset(seed=1)
     obs, _, _, _, info = env.step(np.zeros((2, 9), int))
-    offered = env.offered_load[1] / env.capacity.sum(0)  # of the round that is about to be played
-    np.testing.assert_allclose(info["state"], np.concatenate([env.x.reshape(2, -1), offered], 1), rtol=1e-5)
+    # of the round that is about to be played
+    offered, demand = env.offered_load[1] / env.capacity.sum(0), env.demand[1] / env.capacity.mean(0)
+    parts = env.x.reshape(2, -1), offered, demand.reshape(2, -1), np.log(env.duration[1])
+    np.testing.assert_allclose(info["state"], np.concatenate(parts, 1), rtol=1e-5)
     assert (env.delta[:, 0] != env.delta[:, 1]).any() and (random_policy(env) != np.zeros(1)).any()
     e, i, k = 1, 4, 2
     server, demand = env.reach[i, k], env.demand[1, e, i]

@@ -18,10 +18,10 @@ import dgpg
 import ippo
 import mappo
 from cloud_env import CloudEnv, InputError
-from dgpg import MLP, Args, ValueNorm, gae, guidance, standardise, train
+from dgpg import MLP, Args, ValueNorm, gae, guidance, train
 
 ROOT = pathlib.Path(dgpg.__file__).parent
-TINY = dict(n_agents=3, episodes=2, rounds=10, load=2.0, eval_every=1, update_epochs=2, num_minibatches=3)
+TINY = dict(n_agents=3, episodes=2, rounds=10, load=2.0, eval_every=1, update_epochs=2, num_minibatches=3, num_steps=10)
 
 
 @pytest.fixture(autouse=True)
@@ -55,33 +55,40 @@ def dense(z, touched, components):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_what_the_guidance_descends_by_enumeration(seed):
-    """E[g_i ∇log π_i] over all joint actions is ∇E[d + ½ Σ_i ‖z_i‖²], with the own-action baseline and without it."""
+    """E[g_i ∇log π_i] over all joint actions is ∇E[d + ½ Σ_i ‖z_i‖²]; so is E[Σ_a π_i(a) g_i(a) ∇log π_i(a)], the
+    expectation over the own action, which has less variance."""
     N, K, M = 3, 3, 4
     z, touched = random_influence(N, K, M, seed)
     influence = dense(z, touched, M)
     x_before, x_ref = torch.rand(2, 1, M, 2, dtype=torch.float64)
     logits = torch.randn(N, K, dtype=torch.float64).requires_grad_()
     probs = logits.softmax(-1)
-    potential, expected, plain, centred, squared = 0, 0, 0, 0, [0, 0]
+    score = torch.eye(K, dtype=torch.float64) - probs.detach().unsqueeze(1)  # ∇_logits log π_i(a) [N, K of a, K]
+    potential, gradients, squares = 0, {"sampled": 0, "centred": 0, "expectation": 0}, {}
     for joint in itertools.product(range(K), repeat=N):
         actions = torch.tensor(joint).unsqueeze(-1)
         own = torch.stack([influence[0, i, a] for i, a in enumerate(joint)])  # [N, M, R]
         x = x_before + own.sum(0)
         weight = torch.stack([probs[i, a] for i, a in enumerate(joint)]).prod()
         potential = potential + weight * 0.5 * ((x - x_ref).square().sum() + own.square().sum())
-        g_of_action = guidance(x, x_ref, z, touched, actions)  # [N, 1, K]
-        assert g_of_action.shape == (N, 1, K)
-        g = g_of_action.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-        torch.testing.assert_close(g.squeeze(-1), ((x - x_ref) * own).sum((-2, -1)), rtol=1e-12, atol=1e-12)
-        relative = g - (probs.detach().unsqueeze(1) * g_of_action).sum(-1)
-        score = torch.nn.functional.one_hot(actions[:, 0], K) - probs.detach()  # ∇_logits log π_i(a_i)
-        plain, centred = plain + weight.detach() * g * score, centred + weight.detach() * relative * score
-        squared[0] += (weight * (g * score).square().sum()).item()
-        squared[1] += (weight * (relative * score).square().sum()).item()
+        of_action = guidance(x, x_ref, z, touched, actions)
+        assert of_action.shape == (N, 1, K)
+        of_action, weight = of_action.squeeze(1), weight.detach()
+        g, own_score = of_action.gather(1, actions), score[torch.arange(N), actions[:, 0]]
+        torch.testing.assert_close(g.squeeze(1), ((x - x_ref) * own).sum((-2, -1)), rtol=1e-12, atol=1e-12)
+        mean = (probs.detach() * of_action).sum(1, keepdim=True)
+        every = (probs.detach() * (of_action - mean)).unsqueeze(-1) * score  # [N, K of a, K]
+        for name, sample in dict(
+            sampled=g * own_score, centred=(g - mean) * own_score, expectation=every.sum(1)
+        ).items():
+            gradients[name] = gradients[name] + weight * sample
+            squares[name] = squares.get(name, 0) + weight * sample.square().sum()
     (expected,) = torch.autograd.grad(potential, logits)
-    torch.testing.assert_close(plain, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(centred, expected, rtol=1e-12, atol=1e-12)
+    for gradient in gradients.values():
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
     assert expected.abs().min() > 1e-6  # a gradient worth leaving unchanged
+    # all have the same mean, so that the squares' order is that of the variances
+    assert squares["expectation"] < 0.9 * min(squares["sampled"], squares["centred"])
 
 
 def test_guidance_by_hand():
@@ -158,12 +165,6 @@ def test_value_norm_is_the_weighted_mean_and_deviation():
     )
 
 
-def test_standardise():
-    x = standardise(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
-    assert x.mean().item() == pytest.approx(0, abs=1e-6) and (x**2).mean().item() == pytest.approx(1, abs=1e-5)
-    assert standardise(torch.full((3, 3), 7.0)).tolist() == [[0.0] * 3] * 3
-
-
 def test_stacked_networks_are_separate_networks():
     torch.manual_seed(0)
     stack, x = MLP(3, 4, 8, 0.5), torch.randn(3, 5, 2, 4)
@@ -202,10 +203,11 @@ def test_each_network_is_clipped_by_its_own_norm():
 
 
 @pytest.mark.parametrize("share_parameters, minibatch_agents", [(True, 50), (True, 2), (False, 2)])
-@pytest.mark.parametrize("own_action_baseline", [True, False])
-def test_the_loss_is_that_of_the_mixed_advantage(monkeypatch, share_parameters, minibatch_agents, own_action_baseline):
-    """Â_DG = (1−α) Â − α g of the actions that were drawn, and its clipped surrogate loss, computed again from what the
-    loop's own functions returned. The first minibatch's ratio is that of the policy that acted, to itself."""
+@pytest.mark.parametrize("expectation", [True, False])
+def test_the_loss_is_that_of_the_mixed_advantage(monkeypatch, share_parameters, minibatch_agents, expectation):
+    """(1−α) L(ρ, Â) + α Σ_a w(a) L(ρ(a), −ĝ(a)), L the clipped surrogate loss, w = π_old or 1 for the action that was
+    drawn, computed again from what the loop's own functions returned. The first minibatch's policy is the one that
+    acted, so that its ratios are 1."""
     torch.save({"actor": MLP(1 if share_parameters else 9, 7, 32, 3.0).state_dict()}, "decided.pt")
     perms, gaes, guided, losses, drawn = [], [], [], [], []
     randperm, maximum = torch.randperm, torch.max
@@ -222,32 +224,67 @@ def test_the_loss_is_that_of_the_mixed_advantage(monkeypatch, share_parameters, 
     monkeypatch.setattr(dgpg, "guidance", lambda *args: guided.append(guidance(*args)) or guided[-1])
     monkeypatch.setattr(dgpg, "evaluate", lambda env, policy: -1.0)
     options = dict(n_agents=9, num_envs=2, share_parameters=share_parameters, minibatch_agents=minibatch_agents)
-    options |= dict(alpha_start=0.3, own_action_baseline=own_action_baseline, init_actor="decided.pt")
+    options |= dict(alpha_start=0.3, own_action_expectation=expectation, init_actor="decided.pt", clip_coef=0.3)
     train(Args(**{**TINY, "update_epochs": 4, "learning_rate": 0.1, **options}))
 
     probs, actions = (torch.stack(part, 1).flatten(1, 2) for part in zip(*drawn))  # [N, B, K] and [N, B], B = 10 · 2
-    (advantages,), (g_of_action,) = gaes, guided
-    g = g_of_action.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-    if own_action_baseline:
-        g = g - (probs * g_of_action).sum(-1)
-    advantages, g = ((x - x.mean()) / x.var(correction=0).sqrt() for x in (advantages, g))
-    mixed = 0.7 * advantages.reshape(1, 20) - 0.3 * g
+    (advantages,), (g,) = gaes, guided
+    advantages = 0.7 * ((advantages - advantages.mean()) / advantages.var(correction=0).sqrt()).reshape(1, 20)
+    taken = torch.nn.functional.one_hot(actions, g.shape[-1])
+    if expectation:
+        g = g - (probs * g).sum(-1, keepdim=True)
+        g = 0.3 * probs * g / (probs * g**2).sum(-1).mean().sqrt()
+    else:
+        of_taken = (taken * g).sum(-1)
+        g = 0.3 * taken * ((of_taken - of_taken.mean()) / of_taken.var(correction=0).sqrt()).unsqueeze(-1)
     batches = []  # the states and agents of every minibatch
     for epoch in range(4):
         states = perms.pop(0).tensor_split(3)
         batches += [(part, perms.pop(0)[:minibatch_agents] if share_parameters else torch.arange(9)) for part in states]
     policy_losses, clipped_any = [], False
-    for (unclipped, clipped), (states, agents) in zip(losses, batches, strict=True):
-        advantage = mixed[agents][:, states]
+    for k, (states, agents) in enumerate(batches):
+        (unclipped, clipped), (unclipped_g, clipped_g) = losses[2 * k : 2 * k + 2]
+        advantage, of_action = advantages.expand(9, -1)[agents][:, states], g[agents][:, states]
         ratio = -unclipped / advantage
         bounded = ratio.clamp(0.7, 1.3)
         torch.testing.assert_close(clipped, -advantage * bounded, rtol=1e-4, atol=1e-4)
-        policy_losses.append(-torch.min(ratio * advantage, bounded * advantage).mean().item())
+        ratios = torch.where(of_action != 0, unclipped_g / of_action, 1.0)  # of every own action
+        of_taken = taken[agents][:, states].bool() & (of_action != 0)
+        torch.testing.assert_close(
+            ratios[of_taken], ratio.unsqueeze(-1).expand_as(ratios)[of_taken], rtol=1e-3, atol=1e-4
+        )
+        torch.testing.assert_close(clipped_g, of_action * ratios.clamp(0.7, 1.3), rtol=1e-4, atol=1e-4)
+        guidance_loss = maximum(of_action * ratios, of_action * ratios.clamp(0.7, 1.3)).sum(-1)
+        own_loss = maximum(-ratio * advantage, -bounded * advantage)
+        policy_losses.append((own_loss + guidance_loss).mean().item())
         clipped_any |= ((ratio - 1).abs() > 0.31).any().item()
-        if len(policy_losses) == 1:
+        if k == 0:
             torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=1e-4, atol=1e-4)
-    assert clipped_any
+            torch.testing.assert_close(ratios, torch.ones_like(ratios), rtol=1e-3, atol=1e-3)
+    assert clipped_any and len(losses) == 2 * len(batches)
     assert scalars()["losses/policy_loss"][0][1] == pytest.approx(sum(policy_losses) / 12, rel=1e-3)
+
+
+@pytest.mark.parametrize("script", [dgpg, mappo, ippo])
+def test_an_update_takes_the_next_rounds_and_the_environments_go_on(monkeypatch, script):
+    """With 5 rounds per update an episode of 10 has two updates and one reset; the first one bootstraps from the state
+    that the second one begins with."""
+    calls, reset, seeds = [], CloudEnv.reset, []
+    monkeypatch.setattr(script, "gae", lambda *args: calls.append(args) or gae(*args))
+    monkeypatch.setattr(CloudEnv, "reset", lambda env, seed: seeds.append(seed) or reset(env, seed))
+    monkeypatch.setattr(script, "evaluate", lambda env, policy: -1.0)
+    options = dict(TINY, num_envs=1, seed=2, learning_rate=0.0)
+    script.train(script.Args(**{**options, "num_steps": 5}))
+    assert seeds == [0, 2_000_000, 2_000_001]  # the first one is for the shapes
+    values, norm = [], ValueNorm()
+    for rewards, value, gamma, gae_lambda in calls:  # back to the critic's own units
+        mean, std = norm.mean_std()
+        values.append((value - mean) / std)
+        norm.update(gae(rewards, value, gamma, gae_lambda) + value[..., :-1, :])
+    assert [len(rewards) for rewards, *_ in calls] == [5] * 4 and [v.shape[-2] for v in values] == [6] * 4
+    for first in (0, 2):
+        torch.testing.assert_close(values[first][..., -1, :], values[first + 1][..., 0, :], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(values[1][..., -1, :], values[2][..., 0, :], rtol=1e-3)
 
 
 def test_what_the_critic_and_the_guidance_are_given(monkeypatch):
@@ -337,6 +374,14 @@ def test_an_environment_may_write_into_its_actions(monkeypatch):
     assert train(Args(**TINY)) == result
 
 
+@pytest.mark.parametrize("n_agents, wanted, scenarios", [(5, 0, 40), (200, 0, 20), (1500, 0, 4), (5, 3, 3)])
+def test_fewer_scenarios_are_evaluated_where_each_averages_more_agents(monkeypatch, n_agents, wanted, scenarios):
+    seen = []
+    monkeypatch.setattr(dgpg, "evaluate", lambda env, policy: seen.append(env.num_envs) or -1.0)
+    train(Args(**{**TINY, "episodes": 0, "n_agents": n_agents}, eval_scenarios=wanted))
+    assert set(seen) == {scenarios}
+
+
 def test_evaluated_on_the_held_out_part(monkeypatch):
     made, init = [], CloudEnv.__init__
     monkeypatch.setattr(CloudEnv, "__init__", lambda env, *args, **part: made.append(part) or init(env, *args, **part))
@@ -345,11 +390,11 @@ def test_evaluated_on_the_held_out_part(monkeypatch):
 
 
 def test_guided_policy_learns_and_the_others_do_not():
-    """Ten episodes at N = 5: DG-PG comes near Best-Fit (score 1), random (0), untrained and unguided policies do not."""
-    budget = dict(n_agents=5, episodes=10, eval_every=10)
-    assert train(Args(**budget))["score"] > 0.96
-    assert train(Args(**{**budget, "episodes": 0}))["score"] < 0.5
-    assert train(Args(**budget, alpha_start=0, alpha_end=0))["score"] < 0.9
+    """Four episodes at N = 5: DG-PG is at Best-Fit (cost ratio 1), untrained and unguided policies are far from it."""
+    budget = dict(n_agents=5, episodes=4, eval_every=4)
+    assert train(Args(**budget))["cost_ratio"] < 1
+    assert train(Args(**{**budget, "episodes": 0}))["cost_ratio"] > 8
+    assert train(Args(**budget, alpha_start=0, alpha_end=0))["cost_ratio"] > 2
 
 
 def test_everything_that_is_written(capsys):
@@ -367,7 +412,9 @@ def test_everything_that_is_written(capsys):
     }
     assert [step for step, _ in logged.pop("eval/return_argmax")] == [2]  # at the end only
     assert all([step for step, _ in points] == [1, 2] for points in logged.values())
-    assert [value for _, value in logged["guidance/alpha"]] == pytest.approx([0.9, 0.2])
+    assert [value for _, value in logged["guidance/alpha"]] == pytest.approx(
+        [0.9, 0.55]
+    )  # at the beginning and half-way
     value, best, worst = (logged[f"eval/{name}"][-1][1] for name in ("return", "best_fit_return", "random_return"))
     assert logged["eval/score"][-1][1] == pytest.approx((value - worst) / (best - worst), rel=1e-5)
     assert logged["eval/cost_ratio"][-1][1] == pytest.approx(value / best, rel=1e-5)
@@ -498,7 +545,10 @@ WRONG = {
     "--load nan": "load",
     "--rounds 0": "rounds",
     "--num-envs 0": "num_envs",
-    "--num-minibatches 101": "num_minibatches",
+    "--num-minibatches 11": "num_minibatches",
+    "--num-steps 0": "num_steps",
+    "--num-steps 30": "num_steps",
+    "--num-steps 200": "num_steps",
     "--episodes -1": "episodes",
     "--episodes 5 --num-envs 2": "episodes",
     "--seed -1": "seed",
@@ -506,6 +556,7 @@ WRONG = {
     "--learning-rate -1": "learning_rate",
     "--learning-rate inf": "learning_rate",
     "--eval-every 0": "eval_every",
+    "--eval-scenarios -1": "eval_scenarios",
     "--hidden 0": "hidden",
     "--trace missing.csv": "missing.csv",
     "--trace empty.csv": "empty.csv: line 1",

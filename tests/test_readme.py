@@ -16,12 +16,15 @@ GUIDANCE, SNIPPET = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_lines_of_the_guidance_are_those_of_dgpg():
-    assert textwrap.indent(GUIDANCE, " " * 8) in (ROOT / "dgpg.py").read_text()
+    parts = GUIDANCE.split("# … and in every minibatch, after PPO's own loss\n")
+    assert len(parts) == 2
+    for part, depth in zip(parts, (12, 20)):
+        assert textwrap.indent(part, " " * depth) in (ROOT / "dgpg.py").read_text()
 
 
 def test_the_snippet_runs_a_trained_policy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    dgpg.train(dgpg.Args(n_agents=4, rounds=5, episodes=1, num_minibatches=1))
+    dgpg.train(dgpg.Args(n_agents=4, rounds=10, episodes=1))
     (checkpoint,) = tmp_path.glob("runs/*/checkpoint.pt")
     assert len(SNIPPET.splitlines()) <= 10
     names = {}
@@ -35,7 +38,7 @@ def test_the_snippet_runs_a_trained_policy(tmp_path, monkeypatch):
 
 def test_every_tag_is_explained(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    dgpg.train(dgpg.Args(n_agents=2, rounds=2, episodes=1, num_minibatches=1))
+    dgpg.train(dgpg.Args(n_agents=2, rounds=10, episodes=1))
     (run,) = tmp_path.glob("runs/*")
     for tag in EventAccumulator(str(run)).Reload().Tags()["scalars"]:
         group, name = tag.split("/")

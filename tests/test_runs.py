@@ -25,7 +25,7 @@ import mappo
 from cloud_env import InputError
 from dgpg import Args, train
 
-SMALL = dict(n_agents=3, rounds=10, load=2.0, num_minibatches=2, update_epochs=2, minibatch_agents=2)
+SMALL = dict(n_agents=3, rounds=10, num_steps=5, load=2.0, num_minibatches=2, update_epochs=2, minibatch_agents=2)
 PROCESSES = multiprocessing.get_context("forkserver")  # children start with the packages imported
 PROCESSES.set_forkserver_preload(["torch", "torch._dynamo", "torch.utils.tensorboard", "tyro"])  # Adam wants _dynamo
 
@@ -322,22 +322,22 @@ def test_code_in_a_pickle_is_not_executed(tmp_path):
 
 @pytest.mark.parametrize("broken", ["reward", "guidance", "gradient"])
 def test_numbers_that_go_wrong_stop_the_run(tmp_path, monkeypatch, broken):
-    """From the third update on: the last checkpoint is the second's."""
-    updates = itertools.count(1)
+    """From the third episode on: the last checkpoint is the second's."""
+    calls = itertools.count(1)
     step, guidance, huber = dgpg.CloudEnv.step, dgpg.guidance, torch.nn.functional.huber_loss
 
     def wrong_reward(self, actions):
         obs, reward, *rest = step(self, actions)
-        if self.num_envs == 1 and self.t == 5 and next(updates) >= 3:
+        if self.num_envs == 1 and self.t == 5 and next(calls) >= 3:
             reward = reward * math.inf
         return obs, reward, *rest
 
     def wrong_guidance(*args):
-        return guidance(*args) * (math.nan if next(updates) >= 3 else 1)
+        return guidance(*args) * (math.nan if next(calls) >= 5 else 1)  # of two updates per episode
 
     def wrong_gradient(*args, **options):
         value = huber(*args, **options)
-        if next(updates) == 3 * 2 * 2:  # the last minibatch of the third update, of two epochs of two minibatches
+        if next(calls) == 3 * 2 * 2 * 2:  # the third episode's last minibatch: two updates, epochs, minibatches
             value.register_hook(lambda gradient: gradient * math.inf)
         return value
 
@@ -354,16 +354,19 @@ def test_numbers_that_go_wrong_stop_the_run(tmp_path, monkeypatch, broken):
     assert all(weight.isfinite().all() for weight in checkpoint["actor"].values())
 
 
-ONE = dict.fromkeys(("n_agents", "servers_per_agent", "rounds", "num_minibatches", "minibatch_agents", "hidden"), 1)
+ONE = dict.fromkeys(("n_agents", "servers_per_agent", "rounds", "num_steps", "num_minibatches"), 1)
+ONE |= dict(minibatch_agents=1, hidden=1)
 EDGES = {
     "one of everything": ONE,
     "one agent, and more in reach and in a minibatch": dict(n_agents=1, servers_per_agent=99, minibatch_agents=10**9),
     "one server in reach": dict(servers_per_agent=1),
-    "three environments of one round, a minibatch each": dict(num_envs=3, episodes=3, rounds=1, num_minibatches=3),
+    "three environments of one round, a minibatch each": dict(
+        num_envs=3, episodes=3, rounds=1, num_steps=1, num_minibatches=3
+    ),
     "minibatches that do not divide the batch, of one agent": dict(num_minibatches=3, minibatch_agents=1),
     "no learning, evaluated never but at the end": dict(learning_rate=0, gamma=0, gae_lambda=0, eval_every=10**9),
     "no clipping, no gradient": dict(clip_coef=0, max_grad_norm=0),
-    "hardly any load, one minibatch per state": dict(load=1e-6, num_minibatches=10),
+    "hardly any load, one minibatch per state": dict(load=1e-6, num_minibatches=5),
     "far too much load, no discount": dict(load=1000, gamma=1, gae_lambda=1),
     "one actor per agent": dict(share_parameters=False, ent_coef=0.01),
     "the largest seed": dict(seed=99_999),
