@@ -1,49 +1,49 @@
-"""What each part of DG-PG brings, at N = 50 and 200.
+"""What each part of DG-PG brings, at N = 50.
 
 Writes results/ablations.csv (a run that is there is not repeated), and prints the table.
 """
 
-from dataclasses import dataclass
-
+import numpy as np
 import tyro
 from altered import VARIANTS
-from runs import RESULTS, curves, head, read, shown, sweep
+from runs import RESULTS, Args, curves, head, listed, reached, read, shown, sweep
 
+SAMPLED, OWN = "--no-own-action-expectation", "--no-share-parameters"
+ONE_UPDATE = "--num-steps 100 --num-minibatches 4 --clip-coef 0.3 --no-anneal-lr"  # per episode
 CHANGES = [
     "",
-    "--alpha-start 0.9 --alpha-end 0.2",
     *(f"--alpha-start {alpha} --alpha-end {alpha}" for alpha in (0, 0.2, 0.4, 0.6, 0.8, 1)),
-    "--no-own-action-baseline",
-    "--no-share-parameters",
-    "--no-share-parameters --no-own-action-baseline",
+    "--alpha-start 0.9 --alpha-end 0.2",
+    SAMPLED,
+    f"{SAMPLED} --alpha-start 0.9 --alpha-end 0.2",
+    *(
+        f"--num-steps {steps} --num-minibatches {count}" for steps, count in ((5, 1), (25, 5), (100, 20))
+    ),  # 5 states each
+    f"{SAMPLED} {ONE_UPDATE}",
+    "--no-anneal-lr",
+    OWN,
+    f"{OWN} {SAMPLED}",
+    f"{OWN} {SAMPLED} {ONE_UPDATE}",
     *(f"--servers-per-agent {servers}" for servers in (4, 16, 50)),
-    *(f"{variant}" for variant in VARIANTS),
+    *VARIANTS,
 ]
 
 
-@dataclass
-class Args:
-    seeds: tuple[int, int] = (3, 3)  # seeds at N = 50 and at N = 200
-    workers: int = 2  # runs side by side, one thread each
-    only_show: bool = False  # only the table, of the runs that are there
-
-
 def main(args):
-    changes = {50: CHANGES, 200: [change for change in CHANGES if change != "--servers-per-agent 50"]}
     jobs = [
-        ("benchmark/altered.py" if change in VARIANTS else "dgpg.py", n, seed, f"--eval-every 10 {change}".strip())
-        for n, seeds in zip((50, 200), args.seeds)
-        for change in changes[n]
-        for seed in range(1, seeds + 1)
+        ("benchmark/altered.py" if change in VARIANTS else "dgpg.py", 50, seed, f"--eval-every 1 {change}".strip())
+        for change in CHANGES
+        for seed in (1, 2, 3)
     ]
     rows = read(RESULTS / "ablations.csv") if args.only_show else sweep("ablations", jobs, args.workers)
-    best_fit = {(row["n_agents"], row["options"]): row["best_fit"] for row in rows}
-    found = {(n, options): seeds for (_, n, options), seeds in curves(rows).items()}
-    head("N", "change", "cost ratio after 10 episodes", "20", "Best-Fit's return")
-    for (n, options), seeds in sorted(found.items(), key=lambda item: item[0][0]):
-        means = [shown([ratios[k] for _, ratios in seeds.values()]) for k in (0, 1)]
-        change = options.removeprefix("--eval-every 10").strip() or "none"
-        print(f"| {n} | `{change}` | {' | '.join(means)} | {best_fit[n, options]:.1f} |")
+    best_fit = {row["options"]: row["best_fit"] for row in rows}
+    head("change", "first at Best-Fit", "cost ratio after 1 episode", "2", "5", "20", "Best-Fit's return")
+    for (_, _, options), seeds in curves(rows).items():
+        ratios = np.array([ratios for _, ratios in seeds.values()])
+        first = listed(sorted(reached(*curve, stays=False) for curve in seeds.values()))
+        change = options.removeprefix("--eval-every 1").strip() or "none"
+        means = " | ".join(shown(ratios[:, k - 1]) for k in (1, 2, 5, 20))
+        print(f"| `{change}` | {first} | {means} | {best_fit[options]:.1f} |")
 
 
 if __name__ == "__main__":

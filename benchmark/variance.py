@@ -3,7 +3,7 @@
 Every agent has its own actor. A scenario is held fixed while the actions of all agents are drawn again and again; a
 sample of agent i's gradient is Σ_t A_t ∇ log π_i(a_i,t), with A the discounted team return to go, Σ_tasks instead of
 the mean over tasks (so that an agent's own effect does not depend on N), less its mean over the other samples; or
-A = −g_i,t, the guidance.
+A = −g_i,t, the guidance; or the latter's expectation over the own action, −Σ_t Σ_a π_i(a) g_i,t(a) ∇ log π_i(a).
 Writes results/variance.csv and variance.svg, and prints the table.
 """
 
@@ -21,7 +21,7 @@ from analytic_model import local_influence, reference_state
 from cloud_env import CloudEnv, Scenario
 from dgpg import MLP, gae, guidance
 
-TERMS = ("return", "guidance", "guidance_own_action_baseline")
+TERMS = ("return", "guidance", "expectation")
 
 
 @dataclass
@@ -53,16 +53,15 @@ def gradients(n_agents, samples, rounds, seed, gamma=0.97):
         played = {name: torch.tensor(value) for name, value in info["played"].items()} | constants
         model = played["x"], reference_state(**played), *local_influence(**played)
         g_of_action = guidance(*model, actions)  # [N, S, K]
-        g = g_of_action.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-        mean = (dist.probs * g_of_action).sum(-1)
-        steps.append((rows, actions, torch.tensor(reward) * n_agents, -g, mean - g))
-    rows, actions, rewards, *guided = (torch.stack(parts) for parts in zip(*steps))  # [T, N, S, …], rewards [T, S]
+        steps.append((rows, actions, torch.tensor(reward) * n_agents, g_of_action.float()))
+    rows, actions, rewards, g = (torch.stack(parts) for parts in zip(*steps))  # [T, N, S, …], rewards [T, S]
     to_go = gae(rewards, rewards.new_zeros(rounds + 1, samples), gamma, 1.0)  # of a critic that knows nothing
     advantage = (to_go - to_go.mean(1, keepdim=True)) * samples / (samples - 1)  # less the mean over the other samples
-    weights = [advantage[:, None].expand(-1, n_agents, -1), *guided]  # [T, N, S]
     for s in range(samples):
-        log_prob = Categorical(logits=actor(rows[:, :, s].transpose(0, 1))).log_prob(actions[:, :, s].T)  # [N, T]
-        losses = [(weight[:, :, s].T * log_prob).sum() for weight in weights]
+        dist = Categorical(logits=actor(rows[:, :, s].transpose(0, 1)))
+        log_prob, of_action = dist.log_prob(actions[:, :, s].T), g[:, :, s].transpose(0, 1)  # [N, T] and [N, T, K]
+        of_taken = of_action.gather(-1, actions[:, :, s].T.unsqueeze(-1)).squeeze(-1)
+        losses = [(advantage[:, s] * log_prob).sum(), -(of_taken * log_prob).sum(), -(of_action * dist.probs).sum()]
         grads = [torch.autograd.grad(loss, list(actor.parameters()), retain_graph=True) for loss in losses]
         yield torch.stack([torch.cat([part.flatten(1) for part in grad], 1) for grad in grads])
 

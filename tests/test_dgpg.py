@@ -285,6 +285,14 @@ def test_an_update_takes_the_next_rounds_and_the_environments_go_on(monkeypatch,
     for first in (0, 2):
         torch.testing.assert_close(values[first][..., -1, :], values[first + 1][..., 0, :], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(values[1][..., -1, :], values[2][..., 0, :], rtol=1e-3)
+    advantages, explained, logged = [gae(*args) for args in calls], [], scalars()  # over the whole episode
+    for (_, value, *_), advantage in zip(calls, advantages):
+        explained.append(1 - advantage.var(correction=0) / (advantage + value[..., :-1, :]).var(correction=0))
+    for k in range(2):
+        rewards = calls[2 * k][0].sum() + calls[2 * k + 1][0].sum()
+        assert logged["charts/episodic_return"][k] == (k + 1, pytest.approx(rewards.item(), rel=1e-5))
+        mean = (explained[2 * k] + explained[2 * k + 1]).item() / 2
+        assert logged["losses/explained_variance"][k] == (k + 1, pytest.approx(mean, rel=1e-4))
 
 
 def test_what_the_critic_and_the_guidance_are_given(monkeypatch):
@@ -511,8 +519,10 @@ def test_observations_and_states_of_another_shape_are_refused(monkeypatch, part)
 
 @pytest.mark.parametrize("script", [dgpg, mappo, ippo])
 def test_annealing_takes_the_learning_rate_of_adam_to_0(script):
-    script.train(script.Args(**{**TINY, "episodes": 4, "num_envs": 2}, learning_rate=0.01, anneal_lr=True))
-    assert [value for _, value in scalars()["charts/learning_rate"]] == pytest.approx([0.01, 0.005])  # two updates
+    options = {**TINY, "episodes": 4, "num_envs": 2, "num_steps": 5}
+    script.train(script.Args(**options, learning_rate=0.01, anneal_lr=True))
+    # at each of the four updates 0.01, 0.0075, 0.005, 0.0025; the last one of an episode is logged
+    assert [value for _, value in scalars()["charts/learning_rate"]] == pytest.approx([0.0075, 0.0025])
 
 
 def test_same_seed_same_numbers_however_often_it_is_evaluated(tmp_path, monkeypatch):

@@ -22,8 +22,9 @@ def test_noise_of_the_return_grows_with_n_and_of_the_guidance_does_not(monkeypat
     assert 0.6 < slopes["return_noise"] < 1.5
     assert abs(slopes["guidance_variance"]) < 0.25
     assert abs(slopes["guidance_noise"]) < 0.3
+    assert abs(slopes["expectation_variance"]) < 0.25
     assert slopes["mixture_variance"] > 0.6  # at a fixed α the return's noise is still there
     assert abs(slopes["optimum_variance"]) < 0.3  # at the best α it is not
     for row in rows:
         assert row["alpha_star"] == pytest.approx(row["alpha_measured"], abs=0.1)
-        assert row["guidance_own_action_baseline_noise"] < row["guidance_noise"]
+        assert row["expectation_variance"] < 0.9 * row["guidance_variance"]
