@@ -47,14 +47,17 @@ def read(path):
 def run(script, n_agents, seed, options):
     """One run in a folder of its own. Returns a row per evaluation; peak memory and seconds are the whole command's.
 
-    {root} in the options stands for the repository's folder.
+    A script examples/<system>/<name> is the one of that name with the system's modules. {root} in the options stands for
+    the repository's folder.
     """
     options_of_run = f"--n-agents {n_agents} --seed {seed} {options}".format(root=ROOT)
-    command = [sys.executable, str(ROOT / script), *shlex.split(options_of_run)]
+    system = script.rpartition("/")[0] if script.startswith("examples/") else ""
+    command = [sys.executable, "-P", str(ROOT / script.removeprefix(f"{system}/")), *shlex.split(options_of_run)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / system}:{ROOT / 'benchmark'}"}
     with tempfile.TemporaryDirectory() as folder:
         start = time.time()
         with open(f"{folder}/out", "w+") as out:
-            process = subprocess.Popen(command, cwd=folder, stdout=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            process = subprocess.Popen(command, cwd=folder, stdout=out, env=environment)
             _, status, usage = os.wait4(process.pid, 0)  # the memory of this process alone
             process.returncode = os.waitstatus_to_exitcode(status)
             out.seek(0)
