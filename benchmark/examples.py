@@ -41,7 +41,7 @@ def played(system, n_agents=100, seed=1):
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-P", str(ROOT / "dgpg.py"), "--n-agents", str(n_agents), "--seed", str(seed)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "examples" / system), "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command, cwd=folder, env=environment, check=True)
         (path,) = pathlib.Path(folder).glob("runs/*/checkpoint.pt")
         weights = torch.load(path, weights_only=True)["actor"]
     env = module.CloudEnv(1, n_agents, held_out=True)

@@ -1,4 +1,4 @@
-"""DG-PG at N = 2 … 1500: episodes until Best-Fit, cost ratio, seconds and memory.
+"""DG-PG at N = 2 … 1500, one actor for all and one per agent: episodes until Best-Fit, cost ratio, seconds and memory.
 
 Writes results/scaling.csv (a run that is there is not repeated) and scaling.svg, and prints the table.
 """
@@ -10,25 +10,42 @@ from runs import RESULTS, Args, curves, head, listed, reached, read, save, shown
 
 SEEDS = {2: 5, 5: 20, 10: 5, 20: 5, 50: 5, 100: 5, 200: 5, 500: 3, 1000: 3, 1500: 3}  # seeds 1, 2, … of each N
 EPISODES = (1, 2, 5, 10, 20)
+SHARED, OWN = "--eval-every 1", "--eval-every 1 --no-share-parameters"
 
 
 def main(args):
-    jobs = [("dgpg.py", n, seed, "--eval-every 1") for n, seeds in SEEDS.items() for seed in range(1, seeds + 1)]
+    jobs = [("dgpg.py", n, seed, SHARED) for n, seeds in SEEDS.items() for seed in range(1, seeds + 1)]
+    jobs += [("dgpg.py", n, seed, OWN) for n in (2, 5, 10, 20, 50, 200) for seed in (1, 2, 3)]
     rows = read(RESULTS / "scaling.csv") if args.only_show else sweep("scaling", jobs, args.workers)
-    ends = {(int(row["n_agents"]), int(row["seed"])): row for row in rows}
+    ends = {(row["options"], int(row["n_agents"]), int(row["seed"])): row for row in rows}
     at = [f"cost ratio after {EPISODES[0]}", *map(str, EPISODES[1:])]
-    head("N", "seeds", "first at Best-Fit", "stays there from", *at, "largest at the end", "argmax", "seconds", "MiB")
+    head(
+        "actor",
+        "N",
+        "seeds",
+        "first at Best-Fit",
+        "stays there from",
+        *at,
+        "largest at the end",
+        "argmax",
+        "seconds",
+        "MiB",
+    )
     points = []
     figure, axes = plt.subplots(figsize=(7, 4))
-    for (_, n, _), seeds in sorted(curves(rows).items()):
+    for (_, n, options), seeds in sorted(curves(rows).items(), key=lambda item: (item[0][2], item[0][1])):
         first, stays = ([reached(*seeds[seed], stays=stays) for seed in sorted(seeds)] for stays in (False, True))
-        points += [(n, episode) for episode in first]
         ratios = np.array([ratios for _, ratios in seeds.values()])  # [seeds, episodes], one evaluation per episode
-        last = [row for (of, _), row in ends.items() if of == n]
+        last = [row for (*of, _), row in ends.items() if of == [options, n]]
         cells = [shown(ratios[:, k - 1]) for k in EPISODES] + [f"{ratios[:, -1].max():.2f}"]
         cells.append(shown([row["argmax"] / row["best_fit"] for row in last]))
         cells += [f"{np.median([row[name] for row in last]):.0f}" for name in ("seconds", "peak_mib")]
-        print(f"| {n} | {len(last)} | {listed(sorted(first))} | {listed(sorted(stays))} | {' | '.join(cells)} |")
+        print(
+            f"| {'shared' if options == SHARED else 'own'} | {n} | {len(last)} | {listed(sorted(first))} | {listed(sorted(stays))} | {' | '.join(cells)} |"
+        )
+        if options == OWN:
+            continue
+        points += [(n, episode) for episode in first]
         means = np.exp(np.log(ratios).mean(0))
         axes.plot(1 + np.arange(len(means)), means, label=f"N = {n}", color=plt.cm.viridis(list(SEEDS).index(n) / 10))
     points = np.array([point for point in points if not np.isnan(point[1])])
