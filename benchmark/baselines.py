@@ -1,7 +1,7 @@
 """MAPPO and IPPO, one actor for all and one per agent, beside DG-PG: episodes until first at Best-Fit, over N.
 
-Writes results/baselines.csv (a run that is there is not repeated) and baselines.svg, and prints the table. DG-PG's runs
-with a shared actor come from results/scaling.csv.
+Writes results/baselines.csv (a run that is there is not repeated), baselines.svg and learning.svg, and prints the
+table. DG-PG's runs come from results/scaling.csv.
 """
 
 import matplotlib.pyplot as plt
@@ -49,8 +49,7 @@ PLAN = [
 
 
 def main(args):
-    jobs = [("dgpg.py", n, seed, f"--eval-every 1 {OWN}") for n in (2, 5, 10, 20, 50, 200) for seed in (1, 2, 3)]
-    jobs += [
+    jobs = [
         (script, n, seed, f"--episodes {episodes} --eval-every 80 {options}".strip())
         for script, options, n, episodes, seeds in PLAN
         for seed in seeds
@@ -100,6 +99,19 @@ def main(args):
     axes.set_ylim(1, 2e5)  # room for the legend
     axes.legend(fontsize=8, ncols=2, loc="upper center")
     save(figure, "baselines")
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for color, n in enumerate((5, 50, 200)):
+        for style, name in (("-", "dgpg"), (":", "mappo")):
+            for k, (episodes, ratios) in enumerate(groups["defaults", name, False, n].values()):
+                label = None if k else f"{NAMES[name]}, N = {n}"
+                axes.loglog(episodes, ratios, style, lw=1, color=f"C{color}", label=label)
+    axes.axhline(1, color="black", lw=0.8)
+    axes.set(
+        xlabel="episodes", ylabel="cost ratio R / R_best_fit", title="one curve per seed; 1: Best-Fit", ylim=(0.4, 200)
+    )
+    axes.legend(fontsize=8, ncols=3)
+    save(figure, "learning")
 
 
 if __name__ == "__main__":

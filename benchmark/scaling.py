@@ -57,9 +57,11 @@ def main(args):
             f"{beta:.3f} ± {error:.3f} (standard error, {len(some)} runs)"
         )
     axes.axhline(1, color="black", lw=0.8, ls=":")
-    axes.text(20, 1.02, "Best-Fit", ha="right", va="bottom")
+    axes.text(19.5, 1.01, "Best-Fit", ha="right", va="bottom")
     axes.set(yscale="log", xscale="log", xlabel="episodes", ylabel="cost ratio R / R_best_fit", xlim=(1, 20))
     axes.set_xticks(EPISODES, EPISODES)
+    axes.set_yticks((0.5, 0.6, 0.7, 0.8, 1), ("0.5", "0.6", "0.7", "0.8", "1"))
+    axes.minorticks_off()
     axes.set_title("DG-PG: geometric mean over seeds")
     axes.legend(ncols=2, fontsize=8)
     save(figure, "scaling")

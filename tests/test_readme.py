@@ -1,8 +1,11 @@
 """What the README shows is what is there."""
 
 import ast
+import os
 import pathlib
 import re
+import subprocess
+import sys
 import textwrap
 
 import torch
@@ -47,6 +50,18 @@ def test_every_tag_is_explained(tmp_path, monkeypatch):
     assert "`return_argmax`" in README
 
 
+def test_the_commands_of_the_two_systems_find_their_modules(tmp_path):
+    folders = re.findall(r"PYTHONPATH=(\S+) python -P dgpg.py", README)
+    assert folders == ["examples/traffic", "examples/power"]
+    bests = set()
+    for folder in folders:
+        command = [sys.executable, "-P", str(ROOT / "dgpg.py"), "--n-agents", "2", "--rounds", "10", "--episodes", "0"]
+        paths = {**os.environ, "PYTHONPATH": str(ROOT / folder)}
+        out = subprocess.run(command, cwd=tmp_path, env=paths, capture_output=True, text=True, check=True).stdout
+        bests |= set(re.findall(r"best_fit=(\S+)", out))
+    assert len(bests) == 2
+
+
 def test_the_contract_names_what_dgpg_imports():
     imported = [
         name.name
@@ -54,7 +69,7 @@ def test_the_contract_names_what_dgpg_imports():
         if isinstance(node, ast.ImportFrom) and node.module in ("cloud_env", "analytic_model")
         for name in node.names
     ]
-    contract = README[README.index("## Your own system") : README.index("## Deviations")]
+    contract = README[README.index("## Two more systems") : README.index("## Deviations")]
     assert len(imported) == 7
     for name in imported:
         assert f"`{name}" in contract, name
