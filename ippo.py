@@ -60,8 +60,8 @@ def check(args):
         high = dict(seed=99_999, gamma=1, gae_lambda=1, alpha_start=1, alpha_end=1).get(name, 10**9)
         if kind in (int, float) and not low <= getattr(args, name) <= high:
             raise InputError(f"{name} must be from {low} to {high}, not {getattr(args, name)}")
-    if args.num_minibatches > args.num_steps * args.num_envs:
-        raise InputError(f"num_minibatches must be at most num_steps x num_envs, not {args.num_minibatches}")
+    if args.num_steps * args.num_envs < max(2, args.num_minibatches):  # of one advantage nothing is left to standardise
+        raise InputError(f"num_steps x num_envs must be at least 2 and num_minibatches = {args.num_minibatches}")
     for whole, part in (("episodes", "num_envs"), ("rounds", "num_steps")):
         if getattr(args, whole) % getattr(args, part):
             raise InputError(f"{whole} must be a multiple of {part}, not {getattr(args, whole)}")

@@ -32,8 +32,8 @@ CHANGES = [
 def main(args):
     jobs = [
         ("benchmark/altered.py" if change in VARIANTS else "dgpg.py", 50, seed, f"--eval-every 1 {change}".strip())
-        for change in CHANGES
         for seed in (1, 2, 3)
+        for change in CHANGES
     ]
     rows = read(RESULTS / "ablations.csv") if args.only_show else sweep("ablations", jobs, args.workers)
     best_fit = {row["options"]: row["best_fit"] for row in rows}

@@ -135,6 +135,69 @@ def test_scenarios_depend_on_the_seed_alone():
     assert torch.equal(shifted["power"][0], one[2]["power"][1])
 
 
+def test_observation_by_hand():
+    """Of one agent's plans, slot by slot; the critic sees all loads; agents of a group see other distances."""
+    env, _, _ = played_round(13, before=1)
+    obs, info = env._observe()
+    e, i, k, t = 1, 8, 2, env.t
+    length, row = env.length[t, e, i], 1 + env.transformer[i]
+    slots = slice(env.start[e, i, k], env.start[e, i, k] + length)
+    loads = env.load[e, [0, row], slots]
+    size = (env.transformer == env.transformer[i]).sum()
+    place = (env.transformer[:i] == env.transformer[i]).sum()
+    power = 10 * env.power[t, e, i] / env.rating[row]
+    expected = [*loads.mean(1), *loads.max(1), power, length / 8, 2 / 3, 2 / 3 - (place + 0.5) / size, t / 5]
+    np.testing.assert_allclose(obs[e, i, k], expected, rtol=1e-5)
+    parts = env.load[e].ravel(), 10 * env.power[t, e] / env.rating[1 + env.transformer], env.length[t, e] / 8, [t / 5]
+    np.testing.assert_allclose(info["state"][e], np.concatenate(parts), rtol=1e-5)
+
+
+def test_the_feeder_counts_as_much_as_all_transformers():
+    env, _, played = played_round(25)
+    x = played["x"].view(2, -1, 24).clone()
+    x[:, 0] += 0.1 * env.weight[0]
+    on_feeder = model.deviation(x.view(2, -1, 1), played["x"])
+    x[:, 0] -= 0.1 * env.weight[0]
+    x[:, 1:] += 0.1
+    torch.testing.assert_close(model.deviation(x.view(2, -1, 1), played["x"]), on_feeder)
+
+
+def test_reference_policies_add_least_to_what_they_see():
+    """Uncoordinated: to the load at the round's start. In turn: with all plans before it."""
+    env, _, _ = played_round(13, load=2.0)
+    at_once, in_turn = env_module.uncoordinated(env, None), env_module.best_fit(env, None)
+    load = env.load.copy()
+    for i in range(13):
+        profiles = env.on[:, i] * env.power[env.t][:, i, None, None]  # [E, K, H]
+        added = profiles[:, :, None] * (env.member[:, i] / env.rating)[:, None]  # [E, K, 1 + G, H]
+        assert (
+            env_module.cost((env.load[:, None] + added).reshape(-1, *load.shape[1:])).reshape(2, -1).argmin(1)
+            == at_once[:, i]
+        ).all()
+        assert (
+            env_module.cost((load[:, None] + added).reshape(-1, *load.shape[1:])).reshape(2, -1).argmin(1)
+            == in_turn[:, i]
+        ).all()
+        load += added[[0, 1], in_turn[:, i]]
+    assert (at_once != in_turn).any()
+
+
+def test_nights_and_transformers_have_base_loads_of_their_own():
+    base, power, length = env_module.draw_scenario(np.random.default_rng(0), 20, 18, np.array([3.0, 1, 1, 1]))
+    assert base.shape == (5, 4, 24) and power.shape == length.shape == (21, 18)
+    lowest = base[:, 1:].argmin(-1)  # slot of the valley
+    assert len(set(lowest.mean(1))) > 2 and (lowest.max(1) > lowest.min(1)).any()
+    np.testing.assert_allclose(base[:, 0], base[:, 1:].mean(1))
+
+
+@pytest.mark.parametrize("actions", [[[0, 0]], [[0, 4, 0]], [[-1, 0, 0]], [[0.0, 1, 0]]])
+def test_wrong_actions_are_refused(actions):
+    env = env_module.CloudEnv(1, 3, servers_per_agent=4)
+    env.reset(0)
+    with pytest.raises(ValueError, match="actions must be integers"):
+        env.step(np.array(actions))
+
+
 @pytest.mark.parametrize("option", ["load", "rounds", "trace"])
 def test_bad_options_are_named(option):
     given = dict(num_envs=1, n_agents=2) | {option: "file.csv" if option == "trace" else 0}

@@ -355,7 +355,7 @@ def test_numbers_that_go_wrong_stop_the_run(tmp_path, monkeypatch, broken):
 
 
 ONE = dict.fromkeys(("n_agents", "servers_per_agent", "rounds", "num_steps", "num_minibatches"), 1)
-ONE |= dict(minibatch_agents=1, hidden=1)
+ONE |= dict(minibatch_agents=1, hidden=1, num_envs=2)
 EDGES = {
     "one of everything": ONE,
     "one agent, and more in reach and in a minibatch": dict(n_agents=1, servers_per_agent=99, minibatch_agents=10**9),

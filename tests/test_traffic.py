@@ -99,6 +99,48 @@ def test_a_fleet_by_hand():
     assert len(elsewhere) and env.flow[0, elsewhere] == pytest.approx(q / 2)
 
 
+def test_reward_is_the_time_lost_by_all_that_are_on_the_way():
+    """In the third round: of the vehicles of all three, each round's half as many as before."""
+    env, reward, _ = played_round(5)
+    on_the_way = env.fleet[2] + env.fleet[1] / 2 + env.fleet[0] / 4
+    quickest = np.array([FREE_TIME[links[on]].sum() for links, on in zip(env.routes[:, 0], env.on[:, 0])])
+    np.testing.assert_allclose(reward, 1 - total_time(env.flow) / (on_the_way @ quickest))
+
+
+def test_observation_by_hand():
+    env, _, _ = played_round(9)
+    obs, info = env._observe()
+    e, i, k = 1, 4, 2
+    links, fleet, load = env.routes[i, k][env.on[i, k]], env.fleet[env.t, e, i], 0.8
+    quickest, empty = FREE_TIME[env.routes[i, 0][env.on[i, 0]]].sum(), FREE_TIME[links].sum()
+    flow, c, t0 = env.flow[e, links], CAPACITY[links], FREE_TIME[links]
+    now = (t0 * (1 + 0.15 * (flow / c) ** 4)).sum()
+    usual = (t0 * (1 + 0.75 * (load * USUAL[links] / c) ** 4)).sum()
+    after = env.flow[e] / 2
+    after[links] += fleet
+    alone = (total_time(after) - total_time(env.flow[e] / 2)) / fleet
+    size = fleet / (0.5 * load * 360_600 / 9)
+    expected = [empty / quickest, *np.log(np.array([now, usual, alone]) / quickest), (flow / c).max(), empty / 20, size]
+    np.testing.assert_allclose(obs[e, i, k], expected, rtol=1e-4)
+    sizes = (env.fleet[env.t, e], env.fleet[2, e] + env.fleet[1, e] / 2 + env.fleet[0, e] / 4)
+    sizes = np.concatenate(sizes) / (0.5 * load * 360_600 / 9)
+    np.testing.assert_allclose(info["state"][e], np.concatenate([env.flow[e] / CAPACITY, sizes]), rtol=1e-5)
+
+
+def test_the_unit_makes_d_the_curvature_of_the_total_time():
+    """½‖x − x̃‖² is ½ Σ (t0/c)(v − ṽ)² up to a factor, and of order 1 for flows of the order of the capacity."""
+    unit = env_module.CloudEnv(1, 3).constants["unit"]
+    ratio = unit**-2.0 / (FREE_TIME / CAPACITY)
+    np.testing.assert_allclose(ratio, ratio[0])
+    assert 0.3 < np.median(CAPACITY / unit) < 3
+
+
+def test_demand_has_two_peaks_a_hundred_rounds():
+    sizes = np.mean([env_module.draw_scenario(np.random.default_rng(3), 99, 500).mean(1)], 0)
+    spectrum = abs(np.fft.rfft(sizes - 1))
+    assert spectrum.argmax() == 2 and spectrum[2] / 50 == pytest.approx(0.25, abs=0.02)
+
+
 @pytest.mark.parametrize("n_agents", [20, 100])
 def test_vehicles_and_demand_are_conserved(n_agents):
     """The flows carry everything on the way from origin to destination; in the long run it is the published demand."""

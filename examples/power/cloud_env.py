@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 WAVES, SLOTS = 5, 24  # rounds of a night, and its slots: half hours from 19:00 to 7:00
-POWER = np.array([3.7, 7.4, 11.0, 22.0])  # kW, usual wallboxes, at load 0.8
+POWER = np.array([3.7, 7.4, 11.0, 22.0])  # kW, usual wallboxes, at load 0.8 and N > 6
 LENGTH = np.arange(2, 9)  # slots that a car charges
 RATING = 36.0  # kVA of transformer per aggregator, times 0.8 to 1.2
 GROUP = 6  # aggregators per transformer
