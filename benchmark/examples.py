@@ -122,8 +122,9 @@ def main(args):
                 if row["options"] == METHODS["DG-PG"][1] and "dgpg" in row["script"]
             }
             print(f"| {n} | {' | '.join(cells)} | {shown(list(argmax.values()))} |", flush=True)
-    draw_traffic()
-    draw_power()
+    if not args.only_show:  # they train a run each
+        draw_traffic()
+        draw_power()
 
 
 if __name__ == "__main__":
