@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
-from runs import RESULTS, ROOT, Args, curves, head, listed, read, save, shown, sweep
+from runs import RESULTS, ROOT, Args, curves, head, listed, read, save, sweep
 from torch.distributions import Categorical
 
 from dgpg import MLP, evaluate
@@ -112,7 +112,7 @@ def main(args):
             cells = [f"{of_n[0]['random'] / of_n[0]['best_fit']:.2f}", f"{uncoordinated:.2f}"]
             for script, options in METHODS.values():
                 seeds = found[f"examples/{system}/{script}", n, options]
-                cells.append(shown([ratios[-1] for _, ratios in seeds.values()]))
+                cells.append(", ".join(f"{ratios[-1]:.3g}" for _, (_, ratios) in sorted(seeds.items())))
             seeds = found[f"examples/{system}/dgpg.py", n, METHODS["DG-PG"][1]]
             below = [ratios < uncoordinated for _, ratios in seeds.values()]
             cells.append(listed([k.argmax() + 1 if k.any() else np.nan for k in below]))
@@ -121,7 +121,10 @@ def main(args):
                 for row in of_n
                 if row["options"] == METHODS["DG-PG"][1] and "dgpg" in row["script"]
             }
-            print(f"| {n} | {' | '.join(cells)} | {shown(list(argmax.values()))} |", flush=True)
+            print(
+                f"| {n} | {' | '.join(cells)} | {', '.join(f'{ratio:.3g}' for _, ratio in sorted(argmax.items()))} |",
+                flush=True,
+            )
     if not args.only_show:  # they train a run each
         draw_traffic()
         draw_power()

@@ -133,7 +133,7 @@ def main(args):
     print("| slope | " + " | ".join(f"{beta:.2f} ± {error:.2f}" for beta, error in slopes.values()) + " | | |")
 
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6))
-    names = ["return_variance", "guidance_variance", "mixture_variance", "optimum_variance"]
+    names = ["return_variance", "guidance_variance", "expectation_variance", "mixture_variance", "optimum_variance"]
     for axes, names, title in (
         (panels[0], names, "variance of one agent's gradient"),
         (panels[1], ["return_noise", "guidance_noise"], "squared noise-to-signal ratio"),
