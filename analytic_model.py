@@ -6,8 +6,6 @@ passes over the rest. Letters in shapes: B any leading axes, N agents, K actions
 arXiv 2602.20078.
 """
 
-import torch
-
 
 def local_influence(demand, capacity, reach, **_):
     """z = ∂x/∂a of every action that an agent could take: what its task would add to that server's utilisation.

@@ -16,9 +16,7 @@ CHANGES = [
     "--alpha-start 0.9 --alpha-end 0.2",
     SAMPLED,
     f"{SAMPLED} --alpha-start 0.9 --alpha-end 0.2",
-    *(
-        f"--num-steps {steps} --num-minibatches {count}" for steps, count in ((5, 1), (25, 5), (100, 20))
-    ),  # 5 states each
+    *(f"--num-steps {5 * count} --num-minibatches {count}" for count in (1, 5, 20)),  # minibatches of 5 states, too
     f"{SAMPLED} {ONE_UPDATE}",
     "--no-anneal-lr",
     OWN,

@@ -47,8 +47,8 @@ def read(path):
 def run(script, n_agents, seed, options):
     """One run in a folder of its own. Returns a row per evaluation; peak memory and seconds are the whole command's.
 
-    A script examples/<system>/<name> is the one of that name with the system's modules. {root} in the options stands for
-    the repository's folder.
+    A script examples/<system>/<name> is the one of that name with the system's modules. {root} in the options stands
+    for the repository's folder.
     """
     options_of_run = f"--n-agents {n_agents} --seed {seed} {options}".format(root=ROOT)
     system = script.rpartition("/")[0] if script.startswith("examples/") else ""

@@ -40,9 +40,8 @@ def main(args):
         cells = [shown(ratios[:, k - 1]) for k in EPISODES] + [f"{ratios[:, -1].max():.2f}"]
         cells.append(shown([row["argmax"] / row["best_fit"] for row in last]))
         cells += [f"{np.median([row[name] for row in last]):.0f}" for name in ("seconds", "peak_mib")]
-        print(
-            f"| {'shared' if options == SHARED else 'own'} | {n} | {len(last)} | {listed(sorted(first))} | {listed(sorted(stays))} | {' | '.join(cells)} |"
-        )
+        cells = [str(n), str(len(last)), listed(sorted(first)), listed(sorted(stays)), *cells]
+        print(f"| {'shared' if options == SHARED else 'own'} | {' | '.join(cells)} |")
         if options == OWN:
             continue
         points += [(n, episode) for episode in first]

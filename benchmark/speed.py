@@ -32,34 +32,33 @@ class Args:
 def phases(n_agents, episodes, products_alone):
     """CPU seconds per episode of DG-PG: rollout, advantages and guidance, update (with logging and the checkpoint).
 
-    Told apart by the calls that begin them: `reset` of the one training environment, `gae`, and `standardise` of the
-    guidance. There `products_alone()` is timed, too, next to the update because the machine's speed changes:
+    Told apart by the calls that begin them: the training environment's first `step` of a batch, `gae`, and `deviation`
+    after the guidance. There `products_alone()` is timed, too, next to the update because the machine's speed changes:
     "products", and their "ratio".
     """
     marks, bare = [], []
-    reset, gae, standardise = CloudEnv.reset, dgpg.gae, dgpg.standardise
+    step, gae, deviation = CloudEnv.step, dgpg.gae, dgpg.deviation
 
-    def marked_reset(self, seed=None, options=None):
-        if seed:  # not the one for the shapes
+    def marked_step(self, actions):
+        if not marks or marks[-1][0] == "update":
             marks.append(("rollout", time.process_time()))
-        return reset(self, seed, options)
+        return step(self, actions)
 
     def marked_gae(*args):
         marks.append(("advantages", time.process_time()))
         return gae(*args)
 
-    def marked_standardise(x):
-        if x.shape[1] > 1:  # the guidance [N, T], not the advantages [T, 1]
-            marks.append(("products", time.process_time()))
-            bare.append(products_alone())
-            marks.append(("update", time.process_time()))
-        return standardise(x)
+    def marked_deviation(x, x_ref):
+        marks.append(("products", time.process_time()))
+        bare.append(products_alone())
+        marks.append(("update", time.process_time()))
+        return deviation(x, x_ref)
 
-    hooks = {"gae": marked_gae, "standardise": marked_standardise, "evaluate": lambda env, policy: 0.0}
+    hooks = {"gae": marked_gae, "deviation": marked_deviation, "evaluate": lambda env, policy: 0.0}
     here = os.getcwd()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         os.chdir(folder)
-        with mock.patch.object(CloudEnv, "reset", marked_reset), mock.patch.multiple(dgpg, **hooks):
+        with mock.patch.object(CloudEnv, "step", marked_step), mock.patch.multiple(dgpg, **hooks):
             dgpg.train(dgpg.Args(n_agents=n_agents, episodes=episodes + 1, eval_every=episodes + 1))
         os.chdir(here)
     spent = {}
@@ -67,7 +66,9 @@ def phases(n_agents, episodes, products_alone):
         spent.setdefault(name, []).append(end - begin)
     spent["products"] = bare[:-1]
     spent["ratio"] = np.divide(spent["update"], spent["products"])
-    return {name: np.median(seconds[1:]) for name, seconds in spent.items()}
+    updates = dgpg.Args().rounds // dgpg.Args().num_steps  # of an episode
+    medians = {name: np.median(seconds[updates:]) for name, seconds in spent.items()}
+    return {name: value if name == "ratio" else updates * value for name, value in medians.items()}
 
 
 def products(rows, sizes, repeats):
@@ -105,11 +106,11 @@ def main(args):
                     print(f"| {n} | {min(rows, n)} | {agents} | {figures} |", flush=True)
         print()
 
-    columns = ("evaluation of 40 scenarios, s", "Best-Fit on them, s", "default run, s", "peak MiB")
+    columns = ("evaluation, s", "Best-Fit on them, s", "default run, s", "peak MiB")
     head("N", *columns, "evaluation and Best-Fit / run")
     for n in (size for size in args.sizes if size <= 1000):  # above, evaluation takes longer than training
         row = run("dgpg.py", n, 1, "")[-1]
-        env = CloudEnv(40, n)
+        env = CloudEnv(max(4, min(40, 4_000 // n)), n)
         actor = dgpg.MLP(1, FEATURES, dgpg.Args().hidden, 0.01)
 
         @torch.inference_mode()
@@ -136,12 +137,12 @@ def main(args):
             dgpg.evaluate(env, random_policy)
             times.append(time.process_time() - start)
         options = dgpg.Args()
-        states = env.rounds // options.num_minibatches
+        states = options.num_steps // options.num_minibatches
         rows = min(n, options.minibatch_agents) * states * env.reach.shape[1]
 
         def products_alone():
             minibatch = products(rows, [FEATURES, options.hidden, options.hidden, 1], repeats=10)
-            minibatch += products(states, [2 * n + 2, 64, 64, 1], repeats=10)
+            minibatch += products(states, [5 * n + 2, 64, 64, 1], repeats=10)
             return minibatch * options.update_epochs * options.num_minibatches
 
         steps, spent = n * env.rounds, phases(n, args.episodes, products_alone)

@@ -29,7 +29,7 @@ def taken(g_of_action, actions):
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("crowded", [False, True])
 def test_closed_form_guidance_equals_autograd_through_the_state(seed, crowded):
-    """g_i(a') for all a': replace agent i's action by a', recompute the state, differentiate: ∂d/∂a' = ⟨x − x̃, z_i(a')⟩."""
+    """g_i(a') for all a': replace i's action by a', recompute x, differentiate: ∂d/∂a' = ⟨x − x̃, z_i(a')⟩."""
     x_before, capacity, reach, demand, actions = random_system(seed)
     if crowded:  # all agents on server 0, by different actions
         reach = torch.stack([row.roll(i % 3) for i, row in enumerate(torch.tensor([[0, 2, 4]] * 7))])

@@ -32,5 +32,5 @@ def test_finds_the_best_policy_of_a_known_game(each_task_has_its_server, module,
     options = dict(n_agents=2, rounds=1, num_steps=1, num_envs=64, eval_every=10**9, num_minibatches=4, update_epochs=5)
     options.update(learning_rate=3e-3, share_parameters=share_parameters)
     assert module.train(module.Args(**options, episodes=0))["score"] < 0.7
-    # no longer: in a solved game noise is all that is left to standardise, and a policy may leave the optimum for a while
+    # no longer: in a solved game noise is all that is left to standardise, a policy may leave the optimum for a while
     assert module.train(module.Args(**options, episodes=64 * 20))["score"] > 0.95

@@ -20,7 +20,7 @@ def actions_to(env, servers):
 
 
 def slow_episode(scenario, capacity, servers):
-    """One environment, task by task and event by event. Returns rewards, x after each placement, work done, work left."""
+    """One environment, task by task and event by event. Returns rewards, x after placements, work done, work left."""
     tasks, rewards, states, done = [], [], [], 0.0  # a task is [server, work left, demand, duration]
     n_agents = scenario.demand.shape[1]
 
@@ -59,7 +59,7 @@ def test_two_servers_four_tasks_by_hand():
         delta=np.array([3.0, 6.0]),
     )
     env.reset(options={"scenarios": [scenario]})
-    # both on server 0: x_cpu = 2 until the first ends at time 2, having lost 1; the second goes on alone, lost 1, 1 left
+    # both on server 0: x_cpu = 2 until the first ends at 2, having lost 1; the second goes on alone, 1 lost, 1 left
     _, reward, terminated, truncated, info = env.step(actions_to(env, [[0, 0]]))
     np.testing.assert_allclose(info["played"]["x"][0], [[2, 0.5], [0, 0]])
     np.testing.assert_allclose(reward, -(1 / 1 + 1 / 3) / 2)
@@ -181,7 +181,7 @@ def test_long_run_load_is_the_option():
     # Little's law: the work that arrives per unit of time is the mean demand present if nothing slows down
     work = (env.demand * env.duration[..., None])[:-1].sum((0, 1, 2))
     np.testing.assert_allclose(work / env.delta.sum() / env.capacity.sum(0), 0.7, rtol=0.01)
-    # the same in the middle of the slots: the offered load of the round less what leaves in half a slot, about 1/20 here
+    # the same in the middle of the slots: the offered load of the round less what leaves in half a slot, about 1/20
     offered = (
         (env.offered_load[100:-1] * env.delta[100:, :, None]).sum((0, 1)) / env.delta[100:].sum() / env.capacity.sum(0)
     )

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import dgpg
 import ippo
 import mappo
-from cloud_env import CloudEnv, InputError
+from cloud_env import CloudEnv
 from dgpg import MLP, Args, ValueNorm, gae, guidance, train
 
 ROOT = pathlib.Path(dgpg.__file__).parent
@@ -37,7 +37,7 @@ def scalars():
 
 
 def random_influence(agents, actions, components, seed):
-    """z [1, N, K, J, R] and touched [1, N, K, J], J = 3: alternatives share components, rows repeat one or are padded."""
+    """z [1, N, K, J, R] and touched [1, N, K, J], J = 3: alternatives share components, rows repeat one or pad."""
     rng = torch.Generator().manual_seed(seed)
     z = torch.randn(1, agents, actions, 3, 2, generator=rng, dtype=torch.float64)
     touched = torch.randint(components, (1, agents, actions, 3), generator=rng)
@@ -185,7 +185,7 @@ def test_stacked_networks_are_separate_networks():
 
 
 def test_each_network_is_clipped_by_its_own_norm():
-    """As if every network of the stack were alone with the mean over its own samples: an outlier scales no other down."""
+    """As if every network of the stack were alone with the mean over its own samples: no outlier scales others down."""
     torch.manual_seed(0)
     stack, x, scale = MLP(3, 4, 8, 0.5), torch.randn(3, 5, 4), torch.tensor([[1e-3], [1.0], [1e6]])
     (scale * stack(x)).mean().backward()

@@ -1,29 +1,15 @@
 """examples/power: the environment, its model against it, the valley filling, and learning."""
 
-import importlib.util
 import itertools
-import pathlib
-import runpy
-import sys
 
 import numpy as np
 import pytest
 import torch
 
 import dgpg
+from tests.conftest import load_example
 
-ROOT = pathlib.Path(dgpg.__file__).parent
-
-
-def load_module(name):
-    """A module of the example by its path: the project's own one of that name stays what it was."""
-    spec = importlib.util.spec_from_file_location(f"power_{name}", ROOT / f"examples/power/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-env_module, model = load_module("cloud_env"), load_module("analytic_model")
+env_module, model = load_example("power", "cloud_env"), load_example("power", "analytic_model")
 
 
 def played_round(n_agents, actions=None, seed=3, before=2, load=0.8, plans=4):
@@ -205,20 +191,11 @@ def test_bad_options_are_named(option):
         env_module.CloudEnv(**given)
 
 
-@pytest.fixture
-def train(monkeypatch, tmp_path):
-    """`train` of an unchanged dgpg.py that finds this system's modules, and returns the final figures."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "cloud_env", env_module)
-    monkeypatch.setitem(sys.modules, "analytic_model", model)
-    script = runpy.run_path(str(ROOT / "dgpg.py"))
-    return lambda **options: script["train"](script["Args"](**options))
-
-
-def test_dgpg_learns_what_random_untrained_and_unguided_agents_miss(train):
+def test_dgpg_learns_what_random_untrained_and_unguided_agents_miss(train_on):
     options = dict(n_agents=12, rounds=10, eval_scenarios=8, episodes=6)
-    guided, untrained = train(**options), train(**options | dict(episodes=0))
-    unguided = train(**options, alpha_start=0, alpha_end=0)
+    guided = train_on(env_module, model, **options)
+    untrained = train_on(env_module, model, **options | dict(episodes=0))
+    unguided = train_on(env_module, model, **options, alpha_start=0, alpha_end=0)
     bar = 2.6
     assert guided["cost_ratio"] < bar < min(untrained["cost_ratio"], unguided["cost_ratio"])
     assert guided["random_return"] / guided["best_fit_return"] > bar

@@ -29,7 +29,7 @@ def assignment(trips, ends, capacity, free_time, weight=5, steps=50):
 
 
 def reference_state(present, pair, ends, capacity, free_time, unit, **_):
-    """x̃: nearly the system optimum of all vehicles on the way, present: [B, N] vehicles/h, if each could start anew."""
+    """x̃: nearly the system optimum of all vehicles on the way, present: [B, N] vehicles/h, if all started anew."""
     trips = present.new_zeros(len(present), 24 * 24).index_add(1, pair, present).unflatten(1, (24, 24))
     return (assignment(trips, ends, capacity, free_time) / unit).unsqueeze(-1)
 
