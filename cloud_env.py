@@ -39,14 +39,15 @@ class Scenario(NamedTuple):
     delta: np.ndarray  # [T] time from each round to the next, in rounds
 
 
-def draw_scenario(rng, rounds, n_agents, trace=None):
+def draw_scenario(rng, rounds, n_agents, trace=None, start=None):
     """A stretch of the trace if there is one; else mice and elephants, at the rate λ(t) = 1 + ½ sin(2πt/50 + phase).
 
-    trace: rows from `load_trace`, in rounds instead of seconds. The demands are not yet scaled to a load.
+    trace: rows from `load_trace`, in rounds instead of seconds. start: the stretch's first row, None for a random one.
+    The demands are not yet scaled to a load.
     """
     if trace is not None:
         needed = n_agents * (rounds + 1)
-        start = rng.integers(len(trace) - needed + 1)
+        start = rng.integers(len(trace) - needed + 1) if start is None else start
         tasks = trace[start : start + needed].reshape(rounds + 1, n_agents, 4)
         return Scenario(tasks[:, :, 2:], tasks[:, :, 1], np.diff(tasks[:, 0, 0]))
     phase, t, delta = rng.uniform(0, 2 * math.pi), 0.0, np.empty(rounds)
@@ -99,57 +100,54 @@ def load_trace(path):
 
 
 class CloudEnv:
-    """`num_envs` worlds of N schedulers as one.
+    """`num_envs` worlds of N schedulers as one, called like a Gymnasium vector environment without spaces, autoreset.
 
-    `reset` and `step` are called and return as in a Gymnasium vector environment, without its spaces and autoreset: all
-    worlds end together after T rounds, and then `reset` must be called. Environment e is seeded with seed + e, so that
-    `reset(seed)` and `reset(seed + 1)` share all scenarios but one.
+    All worlds end together after T rounds, and then `reset` must be called. Environment e is seeded with seed + e, so
+    that `reset(seed)` and `reset(seed + 1)` share all scenarios but one.
 
-    n_agents: N. rounds: T. load: long-run offered load as a fraction of the fleet's capacity. servers_per_agent: K, cut
-    to M. trace: a CSV file for `load_trace`, or None for synthetic load. held_out: scenarios from the last 20 % of the
-    trace instead of its first 80 %. capacity: [M, 2] vCPU and GiB, or None for N servers from `CATALOGUE`, every type
-    equally often.
+    n_agents: N. rounds: T. load: offered load as a fraction of the fleet's capacity, of synthetic load in the long run;
+    a trace's demands are scaled so that it is the mean over every episode's rounds, which start empty.
+    servers_per_agent: K, cut to M. trace: a CSV file for `load_trace`, or None for synthetic load. held_out: of the
+    trace's last 20 % `num_envs` stretches, evenly spaced and whatever the seed, instead of random ones of its first
+    80 %. capacity: [M, 2] vCPU and GiB, or None for N servers from `CATALOGUE`, every type equally often.
 
     Agent i reaches the servers (i + offset_k) mod M. Fleet and offsets depend on N, M and K alone, not on a seed.
     `constants` is what the analytical model needs beside a round's own quantities: "capacity" [M, 2], "reach" [N, K].
-    Raises InputError if an option is out of range or the trace too short, ValueError if `capacity` has another shape.
+    Raises InputError if an option is out of range or the trace too short.
     """
 
     def __init__(
         self, num_envs, n_agents, rounds=100, load=0.8, servers_per_agent=8, trace=None, held_out=False, capacity=None
     ):
-        if not 0 < load < math.inf:
-            raise InputError(f"load must be above 0, not {load}")
-        if min(num_envs, n_agents, rounds, servers_per_agent) < 1:
-            raise InputError("num_envs, n_agents, rounds and servers_per_agent must each be at least 1")
+        if not 0 < load < math.inf or min(num_envs, n_agents, rounds, servers_per_agent) < 1:
+            raise InputError("load must be above 0; num_envs, n_agents, rounds and servers_per_agent at least 1")
         self.num_envs, self.n_agents, self.rounds = num_envs, n_agents, rounds
         rng = np.random.default_rng(0)
         if capacity is None:  # shuffled catalogues, the last one cut short
             capacity = CATALOGUE[np.concatenate([rng.permutation(12) for _ in range(0, n_agents, 12)])[:n_agents]]
         self.capacity = np.array(capacity, dtype=float)
-        if self.capacity.ndim != 2 or self.capacity.shape[1] != 2:
-            raise ValueError(f"capacity must be [M, 2], vCPU and GiB of each server, not {list(self.capacity.shape)}")
         self.n_servers = len(self.capacity)
         offsets = rng.permutation(self.n_servers)[:servers_per_agent]
         self.reach = (np.arange(n_agents)[:, None] + offsets) % self.n_servers  # [N, K]
         self.constants = {"capacity": self.capacity.copy(), "reach": self.reach.copy()}
         self.t = self.trace = None  # no round yet: call reset
-
         work = CPU_WORK * np.array([1, GIB_PER_VCPU.mean()])  # E[demand duration] of a task
+        self.load, self.demand_scale = load, load * self.capacity.sum(0) / (n_agents * work)  # Little's law
+        self._starts = [None] * num_envs
         if trace is not None:
             rows = load_trace(trace)
-            seconds = (rows[-1, 0] - rows[0, 0]) / len(rows) * n_agents, rows[:, 1].mean() / MEAN_DURATION
-            if min(*seconds, *(rows[:, 2:] * rows[:, 1:2]).sum(0)) <= 0:
-                raise InputError(f"trace {trace}: all arrivals at once, or duration_s, cpu or memory_gib all 0")
             # a round is the mean time that N arrivals take; durations as in synthetic load
-            rows = rows / [*seconds, 1, 1]
-            work = (rows[:, 2:] * rows[:, 1:2]).mean(0)
+            seconds = (rows[-1, 0] - rows[0, 0]) / len(rows) * n_agents, rows[:, 1].mean() / MEAN_DURATION
+            if min(*seconds, *rows[:, 2:].sum(0)) <= 0:
+                raise InputError(f"trace {trace}: all arrivals at once, or duration_s, cpu or memory_gib all 0")
             cut, needed = round(0.8 * len(rows)), n_agents * (rounds + 1)
-            self.trace = rows[cut:] if held_out else rows[:cut]
+            self.trace = (rows[cut:] if held_out else rows[:cut]) / [*seconds, 1, 1]
             if len(self.trace) < needed:
                 part = f"its {'last 20' if held_out else 'first 80'} % has {len(self.trace)} rows"
-                raise InputError(f"trace {trace}: {part}, n_agents x (rounds + 1) = {needed} are needed")
-        self.demand_scale = load * self.capacity.sum(0) / (n_agents * work)  # N arrivals a round, Little's law
+                least = f"n_agents x (rounds + 1) = {needed} are needed, {5 * needed} in all; or fewer --rounds"
+                raise InputError(f"trace {trace}: {part}, {least}")
+            if held_out:
+                self._starts = np.linspace(0, len(self.trace) - needed, num_envs).astype(int)
         self._rngs = [np.random.default_rng() for _ in range(num_envs)]
 
     def reset(self, seed=None, options=None):
@@ -157,18 +155,16 @@ class CloudEnv:
 
         seed: environment e is seeded with seed + e; None goes on with its generator.
         options: {"scenarios": [one `Scenario` per environment]} sets them instead, their demands taken as they are.
-        Raises ValueError on other options, or scenarios of the wrong number or shape.
+        Raises ValueError on scenarios of the wrong number or shape.
         """
         E, N, T = self.num_envs, self.n_agents, self.rounds
         if seed is not None:
             self._rngs = [np.random.default_rng(seed + e) for e in range(E)]
         scale = self.demand_scale
         if not options:
-            scenarios = [draw_scenario(rng, T, N, self.trace) for rng in self._rngs]
-        elif set(options) == {"scenarios"}:
-            scenarios, scale = options["scenarios"], 1
+            scenarios = [draw_scenario(rng, T, N, self.trace, start) for rng, start in zip(self._rngs, self._starts)]
         else:
-            raise ValueError(f"reset knows the option 'scenarios' alone, not {sorted(options)}")
+            scenarios, scale = options["scenarios"], 1
         shapes = [tuple(np.shape(part) for part in scenario) for scenario in scenarios]
         if shapes != [((T + 1, N, 2), (T + 1, N), (T,))] * E:
             raise ValueError(f"reset needs {E} scenarios of demand [{T + 1}, {N}, 2] and so on, not {shapes}")
@@ -177,6 +173,10 @@ class CloudEnv:
         self.duration = np.stack([s.duration for s in scenarios], 1)
         self.delta = np.stack([s.delta for s in scenarios], 1)
         self.offered_load = self._offered_load()  # [T + 1, E, 2]
+        if self.trace is not None and not options:  # `load`, as the mean over the rounds of each episode
+            mean = self.offered_load[:-1].mean(0) / self.capacity.sum(0)
+            scale = np.divide(self.load, mean, out=np.ones_like(mean), where=mean > 0)  # [E, 2]
+            self.demand, self.offered_load = self.demand * scale[:, None], self.offered_load * scale
         self.work_left = self.duration.flatten()  # of every task, in rounds of service
         # 1/duration, 0 for a task without any
         self._weight = np.divide(1, self.work_left, out=np.zeros_like(self.work_left), where=self.work_left > 0)
@@ -186,17 +186,20 @@ class CloudEnv:
         self.t = 0
         return self._observe()
 
+    def __str__(self):
+        cpu, memory = (self.offered_load[:-1] / self.capacity.sum(0)).mean((0, 1))
+        room = self.num_envs if self._starts[0] is None else len(self.trace) // self.demand[:, 0, :, 0].size
+        overlap = f" that overlap, with room for {room}" if room < self.num_envs else ""
+        return f"offered load {cpu:.3f} of CPU, {memory:.3f} of memory in {self.num_envs} x {self.rounds} rounds{overlap}"
+
     def _offered_load(self):
         """L_t [T + 1, E, 2]: the demand present after round t's arrivals if nothing ever slowed down (M_t/G/∞)."""
         start = np.concatenate([np.zeros((1, self.num_envs)), self.delta.cumsum(0)])  # [T + 1, E]
-        change = self.demand.sum(2)
+        change = np.concatenate([self.demand.sum(2), np.zeros((1, self.num_envs, 2))])
         for e in range(self.num_envs):
-            ends = start[:, e, None] + self.duration[:, e]
-            leaves = np.searchsorted(start[:, e], ends.ravel())  # the first round without it
-            for resource in range(2):
-                gone = np.bincount(leaves, self.demand[:, e, :, resource].ravel(), self.rounds + 2)
-                change[:, e, resource] -= gone[:-1]
-        return change.cumsum(0).clip(0)
+            leaves = np.searchsorted(start[:, e], start[:, e, None] + self.duration[:, e])  # the first round without it
+            np.subtract.at(change[:, e], leaves, self.demand[:, e])
+        return change[:-1].cumsum(0).clip(0)
 
     def _observe(self, **played):
         z = self.demand[self.t][:, :, None] / self.capacity[self.reach]  # [E, N, K, 2]
@@ -204,8 +207,7 @@ class CloudEnv:
         obs[..., 0:2] = np.log1p(self.x)[:, self.reach]
         obs[..., 2:4] = z
         obs[..., 4:6] = np.log(self.capacity)[self.reach]
-        log_duration = np.log(self.duration[self.t].clip(1e-3))[..., None]
-        obs[..., 6] = log_duration
+        obs[..., 6] = log_duration = np.log(self.duration[self.t].clip(1e-3))[..., None]
         parts = self.x, self.offered_load[self.t] / self.capacity.sum(0), self.demand[self.t] / self.capacity.mean(0)
         state = np.concatenate([part.reshape(self.num_envs, -1) for part in (*parts, log_duration)], 1)
         return obs, {"state": state.astype(np.float32), "played": played}
@@ -308,7 +310,6 @@ def best_fit(env, obs=None):
 
     Of the agent's reachable servers that its task fits on, the one with the least capacity left (vCPU and GiB, each in
     units of the fleet's mean server, added); if it fits nowhere, the least overloaded one (by its scarcer resource).
-    With `servers_per_agent` = N it is the central scheduler that no decentralised policy reaches.
     """
     demand, units = env.demand[env.t], env.capacity.mean(0)
     free = (1 - env.x) * env.capacity  # [E, M, 2]

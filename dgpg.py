@@ -1,7 +1,6 @@
 """Descent-Guided Policy Gradient (DG-PG, Yang & Liu 2026, arXiv 2602.20078): MAPPO, guided by an analytical model.
 
 Trains N agents that share one reward, on heterogeneous cloud scheduling, and measures them on held-out scenarios.
-Options come in this order: the run, the task, the algorithm, and what is special to it.
 The model gives each agent its own gradient g_i = ⟨x − x̃, z_i⟩, whose noise does not grow with N: Â ← (1−α) Â − α g.
 
 Letters in shapes: N agents, E environments, T rounds, B states of a batch, K actions, F features of an action.
@@ -37,20 +36,20 @@ class Args:
     load: float = 0.8  # long-run offered load as a fraction of the fleet's capacity
     servers_per_agent: int = 8  # servers K that an agent reaches (N if that is fewer)
     trace: str | None = None  # a CSV file of real workload: trains on its first 80 %, evaluates on its last 20 %
-    episodes: int = 20  # training episodes, all environments counted
+    episodes: int = 10  # training episodes, all environments counted
     eval_every: int = 5  # episodes between two evaluations
-    eval_scenarios: int = 0  # held-out scenarios of an evaluation; 0: 4,000 / N, at least 4 and at most 40
+    eval_scenarios: int = 0  # held-out scenarios of an evaluation; 0: 2,000 / N, at least 2 and at most 40
     num_envs: int = 1  # environments E that step together
     num_steps: int = 10  # rounds of every environment per update; a divisor of rounds
     share_parameters: bool = True  # one actor for all agents, or one actor per agent
     hidden: int = 32  # width of the actor's two hidden layers
-    learning_rate: float = 1e-2  # Adam's learning rate, actor and critic
+    learning_rate: float = 1.5e-2  # Adam's learning rate, actor and critic
     anneal_lr: bool = True  # let the learning rate fall linearly to 0
     gamma: float = 0.97  # discount factor per round
     gae_lambda: float = 0.9  # λ of generalised advantage estimation
     num_minibatches: int = 2  # minibatches per epoch, each of num_steps E / num_minibatches states
     minibatch_agents: int = 50  # agents that a minibatch draws to train a shared actor (one per agent: always all)
-    update_epochs: int = 20  # epochs per update
+    update_epochs: int = 10  # epochs per update
     clip_coef: float = 0.2  # clip range of the policy ratio
     ent_coef: float = 0.0  # weight of the entropy bonus
     max_grad_norm: float = 0.5  # largest gradient norm, of each actor and of the critic
@@ -195,7 +194,7 @@ def train(args):
     # ENVIRONMENTS
     task = args.n_agents, args.rounds, args.load, args.servers_per_agent, args.trace
     env, N, E, T = CloudEnv(args.num_envs, *task), args.n_agents, args.num_envs, args.rounds
-    eval_env = CloudEnv(args.eval_scenarios or max(4, min(40, 4_000 // N)), *task, held_out=True)
+    eval_env = CloudEnv(args.eval_scenarios or max(2, min(40, 2_000 // N)), *task, held_out=True)
     next_obs, info = env.reset(seed=0)  # for the shapes
     assert next_obs.ndim == 4 and next_obs.shape[:2] == (E, N), f"obs must be [{E}, {N}, K, F], not {next_obs.shape}"
     assert info["state"].ndim == 2 and len(info["state"]) == E, f"state must be [{E}, S], not {info['state'].shape}"
@@ -227,10 +226,12 @@ def train(args):
         torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
         start, train_seconds, result = (checkpoint[name] for name in ("episode", "train_seconds", "result"))
     else:
-        print(f"{args.exp_name}: {N} agents, {next_obs.shape[2]} actions, {torch.get_default_device()}", flush=True)
+        print(
+            f"{args.exp_name}: {N} agents, {next_obs.shape[2]} actions, {torch.get_default_device()}; {env}", flush=True
+        )
         for name, reference in (("best_fit", best_fit), ("random", random_policy)):
             result[f"{name}_return"] = evaluate(eval_env, reference)
-            print(f"mean return of {name}: {result[f'{name}_return']:.2f}", flush=True)
+            print(f"mean return of {name}: {result[f'{name}_return']:.2f}, {eval_env}", flush=True)
         folder = f"runs/{args.exp_name}__n{N}__{args.seed}__{time.time_ns()}"
     print(f"if it is interrupted, go on with: python {script} --resume {folder}", flush=True)
     writer = SummaryWriter(folder, purge_step=start + 1)  # what was logged after the checkpoint is logged again
@@ -282,9 +283,8 @@ def train(args):
                 states.append(tensor(info["state"]))
                 dist = Categorical(logits=actor(obs).detach())
                 actions = dist.sample()
-                steps.append((obs, actions, dist.log_prob(actions), dist.logits))
+                steps.append((obs, actions, dist.logits))
                 next_obs, reward, terminated, truncated, info = env.step(actions.T.cpu().numpy().copy())
-                assert reward.shape == (E,), f"reward must be [{E}], not {reward.shape}"
                 assert (truncated == (t == T - 1)).all() and not terminated.any(), "only round T may be cut off"
                 rewards.append(tensor(reward).float())
                 played.append({name: tensor(value) for name, value in info["played"].items()})
@@ -300,7 +300,7 @@ def train(args):
             explained_variance = 1 - advantages.var(correction=0) / returns.var(correction=0)
             value_norm.update(returns)
             mean, std = value_norm.mean_std()
-            b_obs, b_actions, b_logprobs, b_logits = (torch.stack(part, 1).flatten(1, 2) for part in zip(*steps))
+            b_obs, b_actions, b_logits = (torch.stack(part, 1).flatten(1, 2) for part in zip(*steps))
             b_states, b_returns = states[..., :-1, :, :].flatten(-3, -2), ((returns - mean) / std).flatten(-2)
             advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
             b_advantages = advantages.flatten(-2).expand(N, -1)  # [N, B], agents first
@@ -314,7 +314,8 @@ def train(args):
             g = g - (mean if args.own_action_expectation else mean.mean())
             g_std = (weights * g**2).sum(-1).mean().sqrt()
             alpha = (1 - progress) * args.alpha_start + progress * args.alpha_end
-            b_g, b_advantages = alpha * weights * g / (g_std + 1e-8), (1 - alpha) * b_advantages
+            b_advantages = F.one_hot(b_actions, g.shape[-1]) * b_advantages.unsqueeze(-1)  # Â of the action taken
+            b_advantages = (1 - alpha) * b_advantages - alpha * weights * g / (g_std + 1e-8)  # Â ← (1−α) Â − α g
 
             # UPDATE: minibatches of states, each with the same number of agents, drawn anew
             optimizer.param_groups[0]["lr"] = (1 - args.anneal_lr * progress) * args.learning_rate
@@ -324,15 +325,12 @@ def train(args):
                     agents = torch.randperm(N)[: args.minibatch_agents] if args.share_parameters else torch.arange(N)
                     sample = agents.unsqueeze(1), index
                     dist = Categorical(logits=actor(b_obs[sample]))
-                    logratio = dist.log_prob(b_actions[sample]) - b_logprobs[sample]
-                    ratio, advantage = logratio.exp(), b_advantages[sample]  # ρ = π(a)/π_old(a)
-                    # L = −min(ρ Â, clip(ρ, 1−ε, 1+ε) Â) (Schulman et al. 2017, eq. 7)
+                    old, advantage = b_logits[sample], b_advantages[sample]  # log π_old and Â of every own action
+                    logratio = (dist.logits - old).clamp(max=20)
+                    ratio = logratio.exp()  # ρ = π(a)/π_old(a)
+                    # L = −Σ_a min(ρ Â, clip(ρ, 1−ε, 1+ε) Â) (Schulman et al. 2017, eq. 7)
                     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                    policy_loss = torch.max(-advantage * ratio, -advantage * clipped).mean()
-                    # Â ← (1−α) Â − α g, the latter in expectation over the own action: α Σ_a π_old(a) L(ρ(a), −g(a))
-                    ratios, guide = (dist.logits - b_logits[sample]).clamp(max=20).exp(), b_g[sample]
-                    clipped = ratios.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                    policy_loss = policy_loss + torch.max(guide * ratios, guide * clipped).sum(-1).mean()
+                    policy_loss = torch.max(-advantage * ratio, -advantage * clipped).sum(-1).mean()
                     entropy = dist.entropy().mean()
                     value_loss = F.huber_loss(critic(b_states[..., index, :]), b_returns[..., index], delta=10.0)
                     loss = policy_loss - args.ent_coef * entropy + value_loss
@@ -341,8 +339,8 @@ def train(args):
                     actor.clip_grad(args.max_grad_norm)
                     critic.clip_grad(args.max_grad_norm)
                     optimizer.step()
-                    approx_kl = (ratio - 1 - logratio).mean()  # http://joschu.net/blog/kl-approx.html
-                    clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+                    approx_kl = -(old.exp() * logratio).sum(-1).mean()  # KL(π_old‖π), exactly
+                    clipfrac = (old.exp() * ((ratio - 1).abs() > args.clip_coef)).sum(-1).mean()
                     losses.append(torch.stack([value_loss, policy_loss, entropy, approx_kl, clipfrac, *more]).detach())
 
         # LOG: means over the episode's updates
@@ -357,6 +355,8 @@ def train(args):
         writer.add_scalar("guidance/alpha", alpha, episode)
         if episode // args.eval_every > (episode - E) // args.eval_every or episode == args.episodes:
             measure(episode)
+        elif time.time() - episode_start > 2:
+            print(f"trained for {episode} episodes, return {episodic_return:.2f} in the last one", flush=True)
         save_checkpoint(episode)
 
     writer.close()

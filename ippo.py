@@ -1,7 +1,6 @@
 """IPPO (de Witt et al. 2020, arXiv 2011.09533): MAPPO with a critic of the agent's own observation.
 
 Trains N agents that share one reward, on heterogeneous cloud scheduling, and measures them on held-out scenarios.
-Options come in this order: the run, the task, the algorithm, and what is special to it.
 
 Letters in shapes: N agents, E environments, T rounds, B states of a batch, K actions, F features of an action.
 """
@@ -36,7 +35,7 @@ class Args:
     trace: str | None = None  # a CSV file of real workload: trains on its first 80 %, evaluates on its last 20 %
     episodes: int = 1600  # training episodes, all environments counted
     eval_every: int = 80  # episodes between two evaluations
-    eval_scenarios: int = 0  # held-out scenarios of an evaluation; 0: 4,000 / N, at least 4 and at most 40
+    eval_scenarios: int = 0  # held-out scenarios of an evaluation; 0: 2,000 / N, at least 2 and at most 40
     num_envs: int = 8  # environments E that step together
     num_steps: int = 100  # rounds of every environment per update; a divisor of rounds
     share_parameters: bool = True  # one actor for all agents, or one actor per agent
@@ -169,7 +168,7 @@ def train(args):
     # ENVIRONMENTS
     task = args.n_agents, args.rounds, args.load, args.servers_per_agent, args.trace
     env, N, E, T = CloudEnv(args.num_envs, *task), args.n_agents, args.num_envs, args.rounds
-    eval_env = CloudEnv(args.eval_scenarios or max(4, min(40, 4_000 // N)), *task, held_out=True)
+    eval_env = CloudEnv(args.eval_scenarios or max(2, min(40, 2_000 // N)), *task, held_out=True)
     next_obs, info = env.reset(seed=0)  # for the shapes
     assert next_obs.ndim == 4 and next_obs.shape[:2] == (E, N), f"obs must be [{E}, {N}, K, F], not {next_obs.shape}"
     assert info["state"].ndim == 2 and len(info["state"]) == E, f"state must be [{E}, S], not {info['state'].shape}"
@@ -201,10 +200,12 @@ def train(args):
         torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
         start, train_seconds, result = (checkpoint[name] for name in ("episode", "train_seconds", "result"))
     else:
-        print(f"{args.exp_name}: {N} agents, {next_obs.shape[2]} actions, {torch.get_default_device()}", flush=True)
+        print(
+            f"{args.exp_name}: {N} agents, {next_obs.shape[2]} actions, {torch.get_default_device()}; {env}", flush=True
+        )
         for name, reference in (("best_fit", best_fit), ("random", random_policy)):
             result[f"{name}_return"] = evaluate(eval_env, reference)
-            print(f"mean return of {name}: {result[f'{name}_return']:.2f}", flush=True)
+            print(f"mean return of {name}: {result[f'{name}_return']:.2f}, {eval_env}", flush=True)
         folder = f"runs/{args.exp_name}__n{N}__{args.seed}__{time.time_ns()}"
     print(f"if it is interrupted, go on with: python {script} --resume {folder}", flush=True)
     writer = SummaryWriter(folder, purge_step=start + 1)  # what was logged after the checkpoint is logged again
@@ -257,7 +258,6 @@ def train(args):
                 actions = dist.sample()
                 steps.append((obs, actions, dist.log_prob(actions)))
                 next_obs, reward, terminated, truncated, info = env.step(actions.T.cpu().numpy().copy())
-                assert reward.shape == (E,), f"reward must be [{E}], not {reward.shape}"
                 assert (truncated == (t == T - 1)).all() and not terminated.any(), "only round T may be cut off"
                 rewards.append(tensor(reward).float())
             states.append(tensor(next_obs).transpose(0, 1).flatten(2))  # the last state has a value: bootstrap from it
@@ -313,6 +313,8 @@ def train(args):
         writer.add_scalar("charts/SPS", episode * T * N / train_seconds, episode)
         if episode // args.eval_every > (episode - E) // args.eval_every or episode == args.episodes:
             measure(episode)
+        elif time.time() - episode_start > 2:
+            print(f"trained for {episode} episodes, return {episodic_return:.2f} in the last one", flush=True)
         save_checkpoint(episode)
 
     writer.close()

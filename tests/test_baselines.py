@@ -19,7 +19,7 @@ def each_task_has_its_server(monkeypatch, tmp_path):
     env = cloud_env.CloudEnv(1, 2)
     assert env.capacity.tolist() == [[4, 32], [8, 16]]
 
-    def draw_scenario(rng, rounds, n_agents, trace=None):
+    def draw_scenario(rng, rounds, n_agents, trace, start):
         tasks = np.stack([rng.permutation([[5, 0.1], [0.1, 28]]) for _ in range(rounds + 1)]) / env.demand_scale
         return cloud_env.Scenario(tasks, np.ones((rounds + 1, n_agents)), np.ones(rounds))
 

@@ -19,7 +19,7 @@ GUIDANCE, SNIPPET = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_lines_of_the_guidance_are_those_of_dgpg():
-    parts = GUIDANCE.split("# … and in every minibatch, after PPO's own loss\n")
+    parts = GUIDANCE.split("# … and in every minibatch PPO's loss, over all own actions\n")
     assert len(parts) == 2
     for part, depth in zip(parts, (12, 20)):
         assert textwrap.indent(part, " " * depth) in (ROOT / "dgpg.py").read_text()

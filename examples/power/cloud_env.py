@@ -79,6 +79,9 @@ class CloudEnv:
         night = WAVES * n_agents * POWER.mean() * LENGTH.mean()  # mean energy of its cars, kW x slots
         self.power_scale = load * self.rating[0] * SLOTS * (1 - BASE) / night
 
+    def __str__(self):
+        return f"{self.num_envs} x {self.rounds} rounds of {self.n_agents} aggregators"
+
     def reset(self, seed):
         """Draw new scenarios and start their first round. Returns obs [E, N, K, F] float32 and info (see `step`)."""
         rngs = (np.random.default_rng(seed + e) for e in range(self.num_envs))

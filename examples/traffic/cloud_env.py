@@ -98,6 +98,9 @@ class CloudEnv:
         """t(v) on the links, weight 1, or the marginal cost d/dv v t(v), weight 5."""
         return self.free_time[links] * (1 + 0.15 * weight * (flow / self.capacity[links]) ** 4)
 
+    def __str__(self):
+        return f"{self.num_envs} x {self.rounds} rounds of {self.n_agents} fleets"
+
     def reset(self, seed):
         """Draw new scenarios and start their first round. Returns obs [E, N, K, F] float32 and info (see `step`)."""
         rngs = [np.random.default_rng(seed + e) for e in range(self.num_envs)]
