@@ -189,8 +189,8 @@ class CloudEnv:
     def __str__(self):
         cpu, memory = (self.offered_load[:-1] / self.capacity.sum(0)).mean((0, 1))
         room = self.num_envs if self._starts[0] is None else len(self.trace) // self.demand[:, 0, :, 0].size
-        overlap = f" that overlap, with room for {room}" if room < self.num_envs else ""
-        return f"offered load {cpu:.3f} of CPU, {memory:.3f} of memory in {self.num_envs} x {self.rounds} rounds{overlap}"
+        text = f"offered load {cpu:.3f} of CPU, {memory:.3f} of memory in {self.num_envs} x {self.rounds} rounds"
+        return text + (f" that overlap, with room for {room}" if room < self.num_envs else "")
 
     def _offered_load(self):
         """L_t [T + 1, E, 2]: the demand present after round t's arrivals if nothing ever slowed down (M_t/G/∞)."""

@@ -224,16 +224,16 @@ def train(args):
         with torch.random.fork_rng():  # the training's random stream goes on as if there had been no evaluation
             torch.manual_seed(args.seed)
             value = evaluate(eval_env, policy)
-        if episode == args.episodes:
-            result["return_argmax"] = evaluate(eval_env, lambda *seen: policy(*seen, argmax=True))
         best, random = result["best_fit_return"], result["random_return"]
         score, cost_ratio = (value - random) / ((best - random) or math.nan), value / (best or math.nan)
         result.update({"return": value, "score": score, "cost_ratio": cost_ratio})
-        for name, number in result.items():
-            writer.add_scalar(f"eval/{name}", number, episode)
         sps = episode * T * N / (train_seconds or math.nan)
         left = (time.time() - loop_time) / ((episode - start) or math.nan) * (args.episodes - episode)
         print(f"{episode:8d} {value:10.2f} {score:8.4f} {cost_ratio:10.3f} {sps:9.0f} {left:7.0f}", flush=True)
+        if episode == args.episodes:
+            result["return_argmax"] = evaluate(eval_env, lambda *seen: policy(*seen, argmax=True))
+        for name, number in result.items():
+            writer.add_scalar(f"eval/{name}", number, episode)
 
     loop_time = time.time()
     print(f"{'episodes':>8} {'return':>10} {'score':>8} {'cost_ratio':>10} {'SPS':>9} {'left_s':>7}", flush=True)
@@ -311,10 +311,10 @@ def train(args):
         writer.add_scalar("charts/episodic_return", episodic_return, episode)
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], episode)
         writer.add_scalar("charts/SPS", episode * T * N / train_seconds, episode)
+        if time.time() - episode_start > 2:
+            print(f"trained for {episode} episodes, return {episodic_return:.2f} in the last one", flush=True)
         if episode // args.eval_every > (episode - E) // args.eval_every or episode == args.episodes:
             measure(episode)
-        elif time.time() - episode_start > 2:
-            print(f"trained for {episode} episodes, return {episodic_return:.2f} in the last one", flush=True)
         save_checkpoint(episode)
 
     writer.close()

@@ -9,42 +9,20 @@ import numpy as np
 import tyro
 from runs import RESULTS, Args, curves, head, listed, reached, read, save, slope, sweep
 
-SHARED, OWN = "", "--no-share-parameters"
-ANNEALED = "--anneal-lr"
-EARLIER = "--learning-rate 1e-3 --ent-coef 0"  # slower with a shared actor, better from N = 10 on with one per agent
-BOTH = ("mappo.py", "ippo.py")
-NAMES = {"dgpg": "DG-PG", "mappo": "MAPPO", "ippo": "IPPO"}
-# script, options, N, episodes, seeds; 504 is the paper's 500 as a multiple of 8
-FORMER = [  # with the settings EARLIER
-    *((script, SHARED, n, episodes, (1, 2, 3)) for n, episodes in ((2, 640), (5, 1600), (200, 504)) for script in BOTH),
-    *(
-        (script, OWN, n, episodes, (1, 2, 3))
-        for n, episodes in ((2, 1600), (5, 8000), (10, 10_000), (20, 4000), (50, 4000), (200, 504))
-        for script in BOTH
-    ),
-    *((script, SHARED, 10, 4000, (1,)) for script in BOTH),
-    *(("mappo.py", SHARED, n, episodes, (1,)) for n, episodes in ((20, 4000), (50, 10_000))),
-    ("mappo.py", SHARED, 10, 2400, (2, 3)),
-    ("mappo.py", SHARED, 50, 504, (2, 3)),
-    ("ippo.py", SHARED, 10, 504, (2, 3)),
-    ("ippo.py", SHARED, 50, 504, (1, 2, 3)),
-]
-PLAN = [
-    *(
-        (script, SHARED, n, episodes, (1, 2, 3))
-        for n, episodes in ((2, 640), (5, 1600), (10, 4000), (20, 4000), (200, 504))
-        for script in BOTH
-    ),
-    ("mappo.py", SHARED, 50, 10_000, (1, 2, 3)),
-    ("ippo.py", SHARED, 50, 4000, (1, 2, 3)),
-    *((script, OWN, 5, 1600, (1, 2, 3)) for script in BOTH),
-    *((script, OWN, n, 4000, (1,)) for n in (10, 20) for script in BOTH),
-    *(
-        ("mappo.py", ANNEALED, n, episodes, (1, 2, 3))
-        for n, episodes in ((2, 640), (5, 1600), (10, 2400), (20, 4000), (50, 4000))
-    ),
-    ("ippo.py", ANNEALED, 50, 4000, (1,)),
-    *((script, f"{options} {EARLIER}".strip(), *rest) for script, options, *rest in FORMER),
+SHARED, ANNEALED, OWN = "", "--anneal-lr", "--no-share-parameters --learning-rate 1e-3 --ent-coef 0"
+GUIDED = "--num-envs 8 --num-steps 100 --num-minibatches 4 --learning-rate 1e-2 --ent-coef 0.01 --alpha-end 0"
+NAMES = {"dgpg.py": "DG-PG", "mappo.py": "MAPPO", "ippo.py": "IPPO"}
+PLAN = [  # script, options, N, episodes, seeds; 504 is the paper's 500 as a multiple of 8
+    ("mappo.py", SHARED, 5, 1600, range(1, 11)),
+    *(("mappo.py", SHARED, n, episodes, (1, 2, 3)) for n, episodes in ((2, 640), (10, 4000), (20, 4000), (200, 504))),
+    ("mappo.py", OWN, 5, 8000, (1, 2, 3)),
+    *(("mappo.py", ANNEALED, n, episodes, (1, 2, 3)) for n, episodes in ((5, 1600), (10, 4000))),
+    ("mappo.py", SHARED, 50, 4000, (1, 2, 3)),
+    ("mappo.py", OWN, 10, 10_000, (1, 2, 3)),
+    ("dgpg.py", GUIDED, 5, 1600, (1, 2, 3)),  # with MAPPO's data and settings
+    ("mappo.py", ANNEALED, 20, 4000, (1, 2, 3)),
+    *(("ippo.py", SHARED, n, episodes, (1, 2, 3)) for n, episodes in ((2, 640), (5, 1600), (10, 4000), (20, 4000))),
+    *(("ippo.py", SHARED, n, episodes, (1, 2, 3)) for n, episodes in ((50, 4000), (200, 504))),
 ]
 
 
@@ -56,56 +34,57 @@ def main(args):
     ]
     if not args.only_show:
         sweep("baselines", jobs, args.workers)
-    groups = {}  # (settings, script, own actors, N): {seed: its curve}
-    found = curves(read(RESULTS / "baselines.csv") + read(RESULTS / "scaling.csv"))
-    for (script, n, options), seeds in found.items():
-        settings = next((settings for settings in (ANNEALED, EARLIER) if settings in options), "defaults")
-        groups.setdefault((settings, script[: -len(".py")], OWN in options, n), {}).update(seeds)
-
-    columns = ["actor", "N", "first at Best-Fit", "stays there from", "cost ratio after 480 episodes", "1,600", "4,000"]
-    points = {}
-    for settings in ("defaults", ANNEALED, EARLIER):
-        title = settings if settings == "defaults" else f"`{settings}`"
-        print()
-        head(title, *columns, "at the end", "after")
-        for (_, name, own, n), seeds in sorted(item for item in groups.items() if item[0][0] == settings):
-            seeds = [seeds[seed] for seed in sorted(seeds)]
-            actor = "one per agent" if own else "shared"
-            first, stays = ([reached(*curve, stays=stays) for curve in seeds] for stays in (False, True))
-            budgets = [episodes[-1] for episodes, _ in seeds]
-            if settings == (EARLIER if own and name != "dgpg" else "defaults"):  # the better ones of the two
-                points.setdefault(f"{NAMES[name]}, {actor}", []).extend(zip([n] * len(seeds), first, budgets))
-            ratios = [", ".join(f"{ratio:.2f}" for e, r in seeds for ratio in r[e == k]) for k in (480, 1600, 4000)]
-            ratios.append(", ".join(f"{r[-1]:.2f}" for _, r in seeds))
-            budget = listed(budgets if len(set(budgets)) > 1 else budgets[:1])
-            cells = (NAMES[name], actor, str(n), listed(first), listed(stays), *ratios, budget)
-            print(f"| {' | '.join(cells)} |")
+    rows = read(RESULTS / "baselines.csv") + read(RESULTS / "scaling.csv")
+    argmax = {
+        (row["script"], row["n_agents"], row["options"], row["seed"]): row["argmax"] / row["best_fit"] for row in rows
+    }
+    columns = ["actor", "N", "first at Best-Fit", "median", "stays there from", "cost ratio at the end", "argmax"]
+    head("", *columns, "after", "gradient steps per episode")
+    points, found = {}, curves(rows)
+    order = {key: (list(NAMES).index(key[0]), "share" in key[2], "anneal" in key[2], key[1]) for key in found}
+    for script, n, options in sorted(found, key=order.get):
+        seeds = sorted(found[script, n, options].items())
+        first, stays = ([reached(*curve, stays=stays) for _, curve in seeds] for stays in (False, True))
+        actor = "one per agent" if "share" in options else "shared"
+        settings = " ".join(word for word in (ANNEALED, GUIDED) if word in options)
+        budget = seeds[0][1][0][-1]
+        ratios = ", ".join(f"{ratios[-1]:.2f}" for _, (_, ratios) in seeds)
+        best = ", ".join(f"{argmax[script, n, options, seed]:.2f}" for seed, _ in seeds)
+        median = listed([np.median(np.nan_to_num(first, nan=np.inf))]).replace("inf", "never")
+        updates = 200 if script == "dgpg.py" and not settings else 5
+        cells = f"{n} | {listed(sorted(first))} | {median} | {listed(sorted(stays))} | {ratios} | {best}"
+        print(f"| {NAMES[script]} {settings} | {actor} | {cells} | {budget:.0f} | {updates} |".replace("  ", " "))
+        if not settings:
+            points.setdefault(f"{NAMES[script]}, {actor}", []).extend(
+                zip([n] * len(seeds), first, [budget] * len(seeds))
+            )
 
     figure, axes = plt.subplots(figsize=(7, 4))
     for k, (label, group) in enumerate(points.items()):
         n, episodes, budget = np.array(group).T
         there = ~np.isnan(episodes)
-        if len(set(n[there])) > 2:
-            beta, error = slope(n[there], episodes[there])
-            middle = np.exp(np.log(np.stack((n, episodes))[:, there]).mean(1))  # the fitted line goes through it
-            axes.loglog(n[there], middle[1] * (n[there] / middle[0]) ** beta, lw=0.8, color=f"C{k}")
-            label += f": N^{beta:.2f} ± {error:.2f}"
-            print(f"{label} (standard error, {there.sum()} runs that got there, {(~there).sum()} that did not)")
         beside = n * 1.07 ** (k - 2)  # so that no algorithm hides another
         axes.loglog(beside[there], episodes[there], "o", ms=4, color=f"C{k}", label=label)
         axes.loglog(beside[~there], budget[~there], "x", ms=6, color=f"C{k}")
+        if there.all():
+            beta, error = slope(n, episodes)
+            print(f"{label}: N^{beta:.2f} ± {error:.2f} (standard error, {len(n)} runs)")
     axes.set(xlabel="agents N", ylabel="episodes until first at Best-Fit")
     axes.set_title("× : not reached within that many episodes")
-    axes.set_ylim(1, 2e5)  # room for the legend
+    axes.set_ylim(0.8, 1e5)  # room for the legend
     axes.legend(fontsize=8, ncols=2, loc="upper center")
     save(figure, "baselines")
 
     figure, axes = plt.subplots(figsize=(7, 4))
     for color, n in enumerate((5, 50, 200)):
-        for style, name in (("-", "dgpg"), (":", "mappo")):
-            for k, (episodes, ratios) in enumerate(groups["defaults", name, False, n].values()):
-                label = None if k else f"{NAMES[name]}, N = {n}"
-                axes.loglog(episodes, ratios, style, lw=1, color=f"C{color}", label=label)
+        for style, script, options in (("-", "dgpg.py", "--eval-every 1"), (":", "mappo.py", "")):
+            for key, seeds in found.items():
+                plain = key[2] == options if options else "--episodes" in key[2] and key[2].endswith("80")
+                if key[:2] != (script, n) or not plain:
+                    continue
+                for k, (episodes, ratios) in enumerate(seeds.values()):
+                    label = None if k else f"{NAMES[script]}, N = {n}"
+                    axes.loglog(episodes, ratios, style, lw=1, color=f"C{color}", label=label)
     axes.axhline(1, color="black", lw=0.8)
     axes.set(
         xlabel="episodes", ylabel="cost ratio R / R_best_fit", title="one curve per seed; 1: Best-Fit", ylim=(0.4, 200)

@@ -30,9 +30,9 @@ def trained(seed, trace):
     """The file of an actor trained at N = 50 on synthetic load or on the trace."""
     actor = ACTORS / f"{'trace' if trace else 'synthetic'}_{seed}.pt"
     if not actor.exists():
-        print(f"training {actor.name}, about half a minute", flush=True)
+        print(f"training {actor.name}, some seconds", flush=True)
         ACTORS.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(ROOT / "dgpg.py"), "--seed", str(seed), "--eval-every", "20"]
+        command = [sys.executable, str(ROOT / "dgpg.py"), "--seed", str(seed), "--eval-every", "10"]
         command += ["--trace", trace.format(root=ROOT)] if trace else []
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
