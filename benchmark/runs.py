@@ -39,7 +39,10 @@ def read(path):
         return []
     with path.open(newline="") as file:
         return [
-            {name: value if name in ("script", "options") else float(value or "nan") for name, value in row.items()}
+            {
+                name: value if name in ("script", "options", "case") else float(value or "nan")
+                for name, value in row.items()
+            }
             for row in csv.DictReader(file)
         ]
 

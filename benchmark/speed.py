@@ -1,10 +1,12 @@
-"""Where the time goes: environment, policy, update, evaluation; the update beside its matrix products; other MAPPOs.
+"""Where the time of a whole run goes; the update beside its bare matrix products; the environment; other MAPPOs.
 
-One thread, so that CPU seconds, which other work on the machine disturbs less, are those of the clock. Prints medians.
+One thread. Prints tables; nothing else should be running.
 """
 
 import contextlib
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -13,85 +15,120 @@ from unittest import mock
 import numpy as np
 import torch
 import tyro
-from runs import head, run
+from runs import ROOT, head, run
 
 import dgpg
-from cloud_env import CloudEnv, best_fit, random_policy
+import mappo
+from cloud_env import CloudEnv
 
 FEATURES = CloudEnv(1, 1).reset()[0].shape[-1]
+PARTS = ("imports", "set-up", "references", "training", "evaluation", "writing")
 PEERS = {5: 9_600, 50: 38_000, 200: 41_000}  # agent-steps per second of the fastest, BenchMARL, by N
 
 
 @dataclass
 class Args:
     sizes: tuple[int, ...] = (5, 50, 200, 1500, 10_000)  # numbers of agents
-    episodes: int = 6  # training episodes to time, the first left out
+    one_episode: tuple[int, ...] = (100_000,)  # numbers of agents of runs of a single episode
     peers: bool = True  # also time mappo.py in other libraries' setting
 
 
-def phases(n_agents, episodes, products_alone):
-    """CPU seconds per episode of DG-PG: rollout, advantages and guidance, update (with logging and the checkpoint).
+def whole(n_agents, options):
+    """A run of dgpg.py as a command. Returns the clock's seconds of it and of its parts, and its peak memory in MiB."""
+    command = [sys.executable, "-P", str(ROOT / "benchmark" / "timed.py"), "--n-agents", str(n_agents), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmark'}"}
+    with tempfile.TemporaryDirectory() as folder, open(f"{folder}/out", "w+") as out:
+        start = time.time()
+        process = subprocess.Popen(command, cwd=folder, stdout=out, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        spent = {"all": time.time() - start}
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        lines = out.read().splitlines()
+    if process.returncode:
+        return None
+    spent |= {name: float(value) for name, value in (word.split("=") for word in lines[-1].split()[1:])}
+    episodes, *_, sps, _ = [words for words in map(str.split, lines) if words and words[0].isdigit()][-1]
+    spent["training"] = int(episodes) * dgpg.Args().rounds * n_agents / float(sps)
+    return spent, usage.ru_maxrss // 1024, spent["training"] / int(episodes)
 
-    Told apart by the calls that begin them: the training environment's first `step` of a batch, `gae`, and `deviation`
-    after the guidance. There `products_alone()` is timed, too, next to the update because the machine's speed changes:
-    "products", and their "ratio".
-    """
-    marks, bare = [], []
-    step, gae, deviation = CloudEnv.step, dgpg.gae, dgpg.deviation
 
-    def marked_step(self, actions):
-        if not marks or marks[-1][0] == "update":
-            marks.append(("rollout", time.process_time()))
-        return step(self, actions)
+def products(rows, sizes):
+    """Seconds of an MLP's matrix products alone, forward and backward: x W; then W's and, but for the first, x's."""
+    for layer, (a, b) in enumerate(zip(sizes, sizes[1:])):
+        x, weight, gradient = torch.randn(rows, a), torch.randn(a, b), torch.randn(rows, b)
+        start = time.process_time()
+        x @ weight
+        x.T @ gradient
+        if layer:
+            gradient @ weight.T
+        yield time.process_time() - start
 
-    def marked_gae(*args):
-        marks.append(("advantages", time.process_time()))
-        return gae(*args)
 
-    def marked_deviation(x, x_ref):
-        marks.append(("products", time.process_time()))
-        bare.append(products_alone())
-        marks.append(("update", time.process_time()))
-        return deviation(x, x_ref)
+def update(module, n_agents, **options):
+    """CPU seconds of one minibatch's update, and of its matrix products alone, taken in turn: medians."""
+    args = module.Args(n_agents=n_agents, eval_every=10**9, **options)
+    states = args.num_steps * args.num_envs // args.num_minibatches
+    rows = min(n_agents, args.minibatch_agents) * states * CloudEnv(1, n_agents).reach.shape[1]
+    marks, bare, step = [], [], torch.optim.Adam.step
 
-    hooks = {"gae": marked_gae, "deviation": marked_deviation, "evaluate": lambda env, policy: 0.0}
+    def marked(optimizer):  # ends a minibatch
+        step(optimizer)
+        marks.append(time.process_time())
+        actor = sum(products(rows, [FEATURES, args.hidden, args.hidden, 1]))
+        bare.append(actor + sum(products(states, [5 * n_agents + 2, 64, 64, 1])))
+        marks.append(time.process_time())
+
     here = os.getcwd()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         os.chdir(folder)
-        with mock.patch.object(CloudEnv, "step", marked_step), mock.patch.multiple(dgpg, **hooks):
-            dgpg.train(dgpg.Args(n_agents=n_agents, episodes=episodes + 1, eval_every=episodes + 1))
+        with mock.patch.object(torch.optim.Adam, "step", marked), mock.patch.object(module, "evaluate", lambda *_: -1):
+            with mock.patch.object(CloudEnv, "__str__", lambda env: ""):
+                module.train(args)
         os.chdir(here)
-    spent = {}
-    for (name, begin), (_, end) in zip(marks, marks[1:]):  # the last update has no end: it holds the final evaluation
-        spent.setdefault(name, []).append(end - begin)
-    spent["products"] = bare[:-1]
-    spent["ratio"] = np.divide(spent["update"], spent["products"])
-    updates = dgpg.Args().rounds // dgpg.Args().num_steps  # of an episode
-    medians = {name: np.median(seconds[updates:]) for name, seconds in spent.items()}
-    return {name: value if name == "ratio" else updates * value for name, value in medians.items()}
-
-
-def products(rows, sizes, repeats):
-    """Seconds of an MLP's matrix products alone, forward and backward: x W; then W's and, but for the first, x's."""
-    pairs = [(torch.randn(rows, a), torch.randn(a, b), torch.randn(rows, b)) for a, b in zip(sizes, sizes[1:])]
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        for layer, (x, weight, gradient) in enumerate(pairs):
-            x @ weight
-            x.T @ gradient
-            if layer:
-                gradient @ weight.T
-        times.append(time.process_time() - start)
-    return np.median(times)
+    between = np.diff(marks)[1::2]  # from the end of one minibatch's products to the end of the next minibatch
+    return np.median(between), np.median(bare)
 
 
 def main(args):
     torch.set_num_threads(1)
     # whole commands first: the memory of a process counts that of the one that started it
+    head("N", "seconds", *PARTS, "beginning and end", "training, s per episode", "agent-steps/s", "peak MiB")
+    for n in (*args.sizes, *args.one_episode):
+        of_one = ["--episodes", "1", "--eval-scenarios", "1"] if n in args.one_episode else []
+        measured = whole(n, of_one)
+        if measured is None:
+            print(f"| {n} | failed, see above |", flush=True)
+            continue
+        spent, mib, episode = measured
+        rest = spent["all"] - sum(spent[name] for name in PARTS)
+        seconds = [f"{spent[name]:.1f}" for name in ("all", *PARTS)] + [f"{rest:.1f}", f"{episode:.2f}"]
+        print(f"| {n} | {' | '.join(seconds)} | {dgpg.Args().rounds * n / episode:,.0f} | {mib:,} |", flush=True)
+
+    print("\none minibatch's update and its matrix products alone, ms of CPU")
+    head("", "N", "update", "products", "ratio")
+    for module, episodes in ((dgpg, 2), (mappo, 16)):
+        for n in args.sizes[:4]:
+            whole_update, bare = update(module, n, episodes=episodes)
+            figures = f"{1e3 * whole_update:.2f} | {1e3 * bare:.2f} | {whole_update / bare:.2f}"
+            print(f"| {module.__name__} | {n} | {figures} |", flush=True)
+
+    print("\nthe environment alone, agent-steps/s of CPU")
+    head("N", "one environment", "as in an evaluation")
+    for n in args.sizes:
+        speeds = []
+        for count in (1, max(2, min(40, 2_000 // n))):
+            env, times = CloudEnv(count, n), []
+            for _ in range(3):
+                start = time.process_time()
+                dgpg.evaluate(env, lambda env, obs: np.zeros(obs.shape[:2], int))
+                times.append(time.process_time() - start)
+            speeds.append(f"{count * n * env.rounds / np.median(times):,.0f}")
+        print(f"| {n} | {' | '.join(speeds)} |", flush=True)
+
     if args.peers:
         print(
-            "mappo.py, 10 environments x 100 rounds an update, 10 epochs x 1 minibatch of all states, "
+            "\nmappo.py, 10 environments x 100 rounds an update, 10 epochs x 1 minibatch of all states, "
             "two hidden layers of 64, one thread"
         )
         columns = ("rows scored for a decision", "agents in a minibatch", "agent-steps/s", "peak MiB", "fastest peer")
@@ -104,59 +141,6 @@ def main(args):
                     ratio = float(row["sps"]) / speed
                     figures = f"{row['sps']} | {row['peak_mib']} | BenchMARL {speed:,} | {ratio:.2f}"
                     print(f"| {n} | {min(rows, n)} | {agents} | {figures} |", flush=True)
-        print()
-
-    columns = ("evaluation, s", "Best-Fit on them, s", "default run, s", "peak MiB")
-    head("N", *columns, "evaluation and Best-Fit / run")
-    for n in (size for size in args.sizes if size <= 1000):  # above, evaluation takes longer than training
-        row = run("dgpg.py", n, 1, "")[-1]
-        env = CloudEnv(max(4, min(40, 4_000 // n)), n)
-        actor = dgpg.MLP(1, FEATURES, dgpg.Args().hidden, 0.01)
-
-        @torch.inference_mode()
-        def policy(env, obs):
-            logits = actor(torch.tensor(obs).transpose(0, 1))
-            return torch.distributions.Categorical(logits=logits).sample().T.numpy()
-
-        seconds = []
-        for chosen in (policy, best_fit):
-            start = time.process_time()
-            dgpg.evaluate(env, chosen)
-            seconds.append(time.process_time() - start)
-        share = sum(seconds) / float(row["seconds"])
-        figures = f"{seconds[0]:.1f} | {seconds[1]:.1f} | {row['seconds']} | {row['peak_mib']} | {share:.0%}"
-        print(f"| {n} | {figures} |", flush=True)
-
-    print()
-    speeds = ("environment only, agent-steps/s", "rollout", "training")
-    head("N", *speeds, "s per episode: rollout", "advantages", "update", "products alone", "update / products")
-    for n in args.sizes:
-        env, times = CloudEnv(1, n), []
-        for _ in range(args.episodes):
-            start = time.process_time()
-            dgpg.evaluate(env, random_policy)
-            times.append(time.process_time() - start)
-        options = dgpg.Args()
-        states = options.num_steps // options.num_minibatches
-        rows = min(n, options.minibatch_agents) * states * env.reach.shape[1]
-
-        def products_alone():
-            minibatch = products(rows, [FEATURES, options.hidden, options.hidden, 1], repeats=10)
-            minibatch += products(states, [5 * n + 2, 64, 64, 1], repeats=10)
-            return minibatch * options.update_epochs * options.num_minibatches
-
-        steps, spent = n * env.rounds, phases(n, args.episodes, products_alone)
-        training = spent["rollout"] + spent["advantages"] + spent["update"]
-        speeds = [f"{steps / seconds:,.0f}" for seconds in (np.median(times), spent["rollout"], training)]
-        seconds = [f"{spent[name]:.3f}" for name in ("rollout", "advantages", "update", "products")]
-        print(f"| {n} | {' | '.join(speeds + seconds)} | {spent['ratio']:.2f} |", flush=True)
-
-    if args.peers:
-        print("\nagent-steps/s that the actor's matrix products alone would allow in the other libraries' setting")
-        head("N", "8 rows for a decision", "1")
-        for n in PEERS:
-            seconds = [10 * products(n * 1000 * min(rows, n), [FEATURES, 64, 64, 1], repeats=3) for rows in (8, 1)]
-            print(f"| {n} | " + " | ".join(f"{n * 1000 / s:,.0f}" for s in seconds) + " |")
 
 
 if __name__ == "__main__":

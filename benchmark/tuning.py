@@ -16,9 +16,7 @@ PLAN = [  # script, N, episodes, changes, seeds
     *(("mappo.py", n, 1600, SHARED_BATCHES, (1,)) for n in (5, 10)),
     ("mappo.py", 5, 1600, OWN_BATCHES, (1,)),
     *(("mappo.py", n, 1600, SHARED_BATCHES, (2,)) for n in (5, 10)),
-    ("mappo.py", 20, 1600, SHARED_BATCHES, (1,)),
-    ("mappo.py", 10, 4000, OWN_BATCHES, (1,)),
-    ("ippo.py", 10, 1600, ["", "--num-envs 2", "--num-steps 50"], (1,)),
+    ("mappo.py", 20, 1600, SHARED_BATCHES[:4] + SHARED_BATCHES[5:7], (1,)),
     *(("ippo.py", n, 1600, RATES, (1,)) for n in (20, 50)),
     *(("ippo.py", n, 1600, RATES[-2:], (2, 3)) for n in (20, 50)),  # one seed leaves the two close
 ]

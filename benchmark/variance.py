@@ -4,10 +4,15 @@ Every agent has its own actor. A scenario is held fixed while the actions of all
 sample of agent i's gradient is Σ_t A_t ∇ log π_i(a_i,t), with A the discounted team return to go, Σ_tasks instead of
 the mean over tasks (so that an agent's own effect does not depend on N), less its mean over the other samples; or
 A = −g_i,t, the guidance; or the latter's expectation over the own action, −Σ_t Σ_a π_i(a) g_i,t(a) ∇ log π_i(a).
-Writes results/variance.csv and variance.svg, and prints the table.
+Three cases: actors at their initial weights, actors trained by DG-PG, and initial ones with another scenario for every
+sample. Each for several sets of scenarios; ± is the standard error over the sets.
+Writes results/variance.csv (a row that is there is not repeated) and variance.svg, and prints the tables.
 """
 
+import contextlib
 import csv
+import os
+import tempfile
 import time
 from dataclasses import dataclass
 
@@ -18,30 +23,51 @@ from runs import RESULTS, head, read, save, slope
 from torch.distributions import Categorical
 
 from analytic_model import local_influence, reference_state
+import dgpg
 from cloud_env import CloudEnv, Scenario
 from dgpg import MLP, gae, guidance
 
 TERMS = ("return", "guidance", "expectation")
+CASES = ("untrained", "trained", "redrawn")
 
 
 @dataclass
 class Args:
-    sizes: tuple[int, ...] = (12, 24, 48, 96, 192, 384, 768, 1536)  # agents: as many servers of every one of 12 types
-    scenarios: int = 3  # scenarios, each held fixed for all its samples
+    sizes: tuple[int, ...] = (12, 48, 192, 768)  # agents: as many servers of every one of 12 types
+    sets: int = 4  # sets of scenarios
+    scenarios: int = 1  # scenarios of a set, each held fixed for all its samples
     samples: int = 256  # samples of all agents' actions for one scenario
     rounds: int = 20  # rounds of one sample
     alpha: float = 0.5  # the fixed weight of the guidance in the mixture
 
 
-def gradients(n_agents, samples, rounds, seed, gamma=0.97):
-    """Yields for each sample the three gradients of all agents, [3, N, P] in the order of `TERMS`, for one scenario."""
+def trained():
+    """The weights of a shared actor after three episodes of DG-PG at N = 50."""
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        os.chdir(folder)
+        dgpg.train(dgpg.Args(episodes=3))
+        (run,) = os.listdir("runs")
+        weights = torch.load(f"runs/{run}/checkpoint.pt", weights_only=True)["actor"]
+        os.chdir(here)
+    return weights
+
+
+def gradients(n_agents, samples, rounds, seed, redrawn=False, weights=None, gamma=0.97):
+    """Yields for each sample the three gradients of all agents, [3, N, P] in the order of `TERMS`.
+
+    All samples are of one scenario, or each of its own if it is `redrawn`. weights: what every agent's actor begins
+    with, a state dict of one actor; None for initial ones.
+    """
     torch.manual_seed(seed)
-    env = CloudEnv(1, n_agents, rounds)
-    env.reset(seed=seed)
-    scenario = Scenario(env.demand[:, 0], env.duration[:, 0], env.delta[:, 0])
     env = CloudEnv(samples, n_agents, rounds)
-    obs, _ = env.reset(options={"scenarios": [scenario] * samples})
+    obs, _ = env.reset(seed=1000 * seed)
+    if not redrawn:
+        scenario = Scenario(env.demand[:, 0], env.duration[:, 0], env.delta[:, 0])
+        obs, _ = env.reset(options={"scenarios": [scenario] * samples})
     actor = MLP(n_agents, obs.shape[-1], 32, output_gain=0.01)
+    if weights is not None:
+        actor.load_state_dict({name: part.expand(n_agents, *part.shape[1:]) for name, part in weights.items()})
     constants = {name: torch.tensor(value) for name, value in env.constants.items()}
     steps = []
     for _ in range(rounds):
@@ -66,7 +92,7 @@ def gradients(n_agents, samples, rounds, seed, gamma=0.97):
         yield torch.stack([torch.cat([part.flatten(1) for part in grad], 1) for grad in grads])
 
 
-def measure(n_agents, scenarios, samples, rounds, alpha):
+def measure(n_agents, scenarios, samples, rounds, alpha, first_seed=0, **case):
     """Means over agents and scenarios of a gradient's variance V (trace of its covariance), squared signal and so on.
 
     Returns {"return_variance", "return_noise", …}: noise-to-signal V/‖mean‖² with the mean's own noise V/S taken out,
@@ -77,7 +103,7 @@ def measure(n_agents, scenarios, samples, rounds, alpha):
     variance, signals, covariance = np.zeros(3), [], 0.0
     for scenario in range(scenarios):
         total = square = cross = 0.0
-        for sample in gradients(n_agents, samples, rounds, seed=1000 + scenario):
+        for sample in gradients(n_agents, samples, rounds, first_seed + scenario, **case):
             sample = sample.double()
             total, square = total + sample, square + sample**2
             cross = cross + sample[0] * sample[1]
@@ -107,44 +133,57 @@ def main(args):
 
     torch.set_num_threads(1)
     path = RESULTS / "variance.csv"
-    there = {int(row["n_agents"]) for row in read(path)}
-    missing = [n for n in args.sizes if n not in there]
-    start = time.time()
-    for k, n in enumerate(missing, 1):
-        row = measure(n, args.scenarios, args.samples, args.rounds, args.alpha)
+    there = {(row["case"], row["n_agents"], row["set"]) for row in read(path)}
+    jobs = [(case, n, k) for k in range(args.sets) for case in CASES for n in args.sizes]
+    missing = [job for job in jobs if job not in there]
+    start, weights = time.time(), trained() if missing else None
+    for done, (case, n, k) in enumerate(missing, 1):
+        options = dict(redrawn=case == "redrawn", weights=weights if case == "trained" else None)
+        first_seed = 1000 + k * args.scenarios
+        row = measure(n, args.scenarios, args.samples, args.rounds, args.alpha, first_seed, **options)
         with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row)
+            writer = csv.DictWriter(file, {"case": case, "set": k} | row)
             if not file.tell():
                 writer.writeheader()
-            writer.writerow(row)
-        left = (time.time() - start) * sum(missing[k:]) / sum(missing[:k])  # the work grows like N
-        print(f"N = {n} done, {k} of {len(missing)}, {time.time() - start:.0f} s; {left / 60:.0f} min left", flush=True)
-    rows = [row for row in read(path) if row["n_agents"] in args.sizes]
-    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    shown = [f"{term}_{kind}" for term in TERMS for kind in ("variance", "noise")]
-    shown += ["mixture_variance", "optimum_variance"]
-    head("N", *shown, "α*", "α measured")
-    for row in rows:
-        figures = ["unknown" if np.isnan(row[name]) else f"{row[name]:.3g}" for name in shown]
-        figures += [f"{row['alpha_star']:.4f}", f"{row['alpha_measured']:.3f}"]
-        print(f"| {row['n_agents']:.0f} | {' | '.join(figures)} |")
-    known = {name: ~np.isnan(columns[name]) for name in shown}
-    slopes = {name: slope(columns["n_agents"][known[name]], columns[name][known[name]]) for name in shown}
-    print("| slope | " + " | ".join(f"{beta:.2f} ± {error:.2f}" for beta, error in slopes.values()) + " | | |")
+            writer.writerow({"case": case, "set": k} | row)
+        work = [sum(n for _, n, _ in part) for part in (missing[:done], missing[done:])]  # it grows like N
+        left = (time.time() - start) * work[1] / work[0] / 60
+        print(f"{case}, N = {n}, set {k}: {done} of {len(missing)}; {left:.0f} min left", flush=True)
 
+    names = [f"{term}_{kind}" for term in TERMS for kind in ("variance", "noise")]
+    names += ["mixture_variance", "optimum_variance", "alpha_star"]
+    rows, sizes = read(path), np.array(args.sizes)
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6))
-    names = ["return_variance", "guidance_variance", "expectation_variance", "mixture_variance", "optimum_variance"]
-    for axes, names, title in (
-        (panels[0], names, "variance of one agent's gradient"),
-        (panels[1], ["return_noise", "guidance_noise"], "squared noise-to-signal ratio"),
-    ):
-        for name in names:
-            label = name.split("_")[0]
-            label = {"mixture": f"mixture, α = {args.alpha}", "optimum": "mixture, best α"}.get(label, label)
-            axes.loglog(columns["n_agents"], columns[name], "o-", ms=3, label=f"{label}: N^{slopes[name][0]:.2f}")
-        axes.set(xlabel="agents N", title=title)
-        axes.legend(fontsize=8)
+    for case in CASES:
+        table = {(row["n_agents"], row["set"]): row for row in rows if row["case"] == case}
+        sets = sorted({k for _, k in table})
+        values = {name: np.array([[table[n, k][name] for n in sizes] for k in sets]) for name in names}  # [sets, sizes]
+        print()
+        head(f"{case}: N", *names)
+        for column, n in enumerate(sizes):
+            cells = [f"{values[name][:, column].mean():.4g} ± {error(values[name][:, column]):.2g}" for name in names]
+            print(f"| {n} | {' | '.join(cells)} |")
+        slopes = {name: [slope(sizes, value)[0] for value in values[name]] for name in names}
+        slopes = {name: f"{np.mean(value):.2f} ± {error(np.array(value)):.2f}" for name, value in slopes.items()}
+        print(f"| slope | {' | '.join(slopes.values())} |")
+        if case == "untrained":
+            for axes, shown, title in (
+                (panels[0], [name for name in names if "variance" in name], "variance of one agent's gradient"),
+                (panels[1], [name for name in names if "noise" in name], "squared noise-to-signal ratio"),
+            ):
+                for name in shown:
+                    label = name.split("_")[0]
+                    label = {"mixture": f"mixture, α = {args.alpha}", "optimum": "mixture, best α"}.get(label, label)
+                    label = f"{label}: N^{slopes[name].split()[0]}"
+                    axes.errorbar(sizes, values[name].mean(0), error(values[name]), fmt="o-", ms=3, label=label)
+                axes.set(xlabel="agents N", title=title, xscale="log", yscale="log")
+                axes.legend(fontsize=8)
     save(figure, "variance")
+
+
+def error(values):
+    """Standard error of the mean over the first axis."""
+    return values.std(0, ddof=1) / len(values) ** 0.5
 
 
 if __name__ == "__main__":
