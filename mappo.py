@@ -40,7 +40,7 @@ class Args:
     num_steps: int = 100  # rounds of every environment per update; a divisor of rounds
     share_parameters: bool = True  # one actor for all agents, or one actor per agent
     hidden: int = 32  # width of the actor's two hidden layers
-    learning_rate: float = 1e-2  # Adam's learning rate, actor and critic
+    learning_rate: float = 3e-3  # Adam's learning rate, actor and critic
     anneal_lr: bool = False  # let the learning rate fall linearly to 0
     gamma: float = 0.97  # discount factor per round
     gae_lambda: float = 0.9  # λ of generalised advantage estimation

@@ -23,7 +23,7 @@ SIZES, SEEDS = (20, 100, 500), (1, 2, 3)
 METHODS = {  # script, options
     "DG-PG": ("dgpg.py", "--eval-scenarios 8 --eval-every 1"),
     "α = 0": ("dgpg.py", "--eval-scenarios 8 --alpha-start 0 --alpha-end 0"),
-    "MAPPO, 200 episodes": ("mappo.py", "--eval-scenarios 8 --episodes 200"),
+    "MAPPO, 200 episodes": ("mappo.py", "--eval-scenarios 8 --episodes 200 --learning-rate 1e-2"),
 }
 
 

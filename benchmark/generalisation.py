@@ -51,7 +51,7 @@ def main(args):
     settings += [(f"synthetic → synthetic, N = 50, load {load}", 50, None, f"--load {load}") for load in LOADS]
     if trace:
         settings += [(f"synthetic → trace, N = {n}", n, None, f"--trace {trace}") for n in (50, 200)]
-        settings += [(f"trace → trace, N = {n}", n, trace, f"--trace {trace}") for n in (50, 200)]
+        settings += [(f"trace → trace, N = {n}", n, trace, f"--trace {trace}") for n in (5, 20, 50, 100, 200)]
         settings += [(f"trace → synthetic, N = {n}", n, trace, "") for n in (50, 200)]
     jobs = {
         (name, seed): ("dgpg.py", n, seed, f"--episodes 0 --init-actor {trained(seed, on)} {options}".strip())

@@ -20,7 +20,7 @@ KINDS = {  # name: script, options
     "MAPPO, shared actor": ("mappo.py", f"--episodes 1200 --eval-every 40 {COMMON}"),
     "MAPPO, one per agent": (
         "mappo.py",
-        f"--episodes 2400 --eval-every 40 {COMMON} {OWN} --learning-rate 1e-3 --ent-coef 0",
+        f"--episodes 2400 --eval-every 40 {COMMON} {OWN} --ent-coef 0",
     ),
     "DG-PG, shared actor": ("dgpg.py", f"--eval-every 1 {COMMON}"),
     "DG-PG, one per agent": ("dgpg.py", f"--eval-every 1 {COMMON} {OWN}"),

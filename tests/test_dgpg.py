@@ -407,6 +407,16 @@ def test_fewer_scenarios_are_evaluated_where_each_averages_more_agents(monkeypat
     assert set(seen) == {scenarios}
 
 
+@pytest.mark.parametrize("script", [dgpg, mappo, ippo])
+@pytest.mark.parametrize("seconds, told", [(0.01, False), (3, True)])
+def test_an_episode_that_takes_long_says_so(monkeypatch, capsys, script, seconds, told):
+    """Between two readings of the clock, `seconds` pass."""
+    clock = itertools.count(1e9, seconds)
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    script.train(script.Args(**TINY, num_envs=1))
+    assert ("trained for 1 episodes, return -" in capsys.readouterr().out) == told
+
+
 def test_evaluated_on_the_held_out_part(monkeypatch):
     made, init = [], CloudEnv.__init__
     monkeypatch.setattr(CloudEnv, "__init__", lambda env, *args, **part: made.append(part) or init(env, *args, **part))
