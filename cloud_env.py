@@ -68,7 +68,7 @@ def load_trace(path):
     """Read a CSV workload trace with the columns arrival_s, duration_s, cpu (vCPU) and memory_gib, sorted by arrival.
 
     Returns a float array [rows, 4] of these columns. Raises InputError, naming the line and the column, if the file or
-    a column is missing, there are no rows, or a value is no finite non-negative number or out of order.
+    a column is missing, there are no rows, or a value is no number from 0 to 1e15 or out of order.
     """
     names, values, lines = ("arrival_s", "duration_s", "cpu", "memory_gib"), [], []
 
@@ -92,8 +92,8 @@ def load_trace(path):
     if not values:
         raise InputError(f"trace {path}: no rows below the header")
     trace = np.array(values)
-    for row, column in np.argwhere(~(np.isfinite(trace) & (trace >= 0)))[:1]:
-        raise InputError(f"trace {path}: line {lines[row]}: {names[column]} must be a finite number of at least 0")
+    for row, column in np.argwhere(~((trace >= 0) & (trace < 1e15)))[:1]:
+        raise InputError(f"trace {path}: line {lines[row]}: {names[column]} must be a number from 0 to 1e15")
     for row in np.flatnonzero(np.diff(trace[:, 0]) < 0)[:1] + 1:
         raise InputError(f"trace {path}: line {lines[row]}: arrival_s is below the row before, the trace is not sorted")
     return trace
@@ -175,15 +175,14 @@ class CloudEnv:
         self.offered_load = self._offered_load()  # [T + 1, E, 2]
         if self.trace is not None and not options:  # `load`, as the mean over the rounds of each episode
             mean = self.offered_load[:-1].mean(0) / self.capacity.sum(0)
-            scale = np.divide(self.load, mean, out=np.ones_like(mean), where=mean > 0)  # [E, 2]
+            scale = np.divide(self.load, mean, out=np.ones_like(mean), where=mean > 1e-100)  # [E, 2]
             self.demand, self.offered_load = self.demand * scale[:, None], self.offered_load * scale
         self.work_left = self.duration.flatten()  # of every task, in rounds of service
         # 1/duration, 0 for a task without any
         self._weight = np.divide(1, self.work_left, out=np.zeros_like(self.work_left), where=self.work_left > 0)
         self._server = np.zeros(len(self.work_left), dtype=np.int64)  # e M + n of every task that is placed
         self._live = np.zeros(0, dtype=np.int64)  # the tasks that are placed and not done
-        self.x = np.zeros((E, self.n_servers, 2))  # utilisation now
-        self.t = 0
+        self.x, self.t = np.zeros((E, self.n_servers, 2)), 0  # utilisation now
         return self._observe()
 
     def __str__(self):
@@ -195,10 +194,12 @@ class CloudEnv:
     def _offered_load(self):
         """L_t [T + 1, E, 2]: the demand present after round t's arrivals if nothing ever slowed down (M_t/G/∞)."""
         start = np.concatenate([np.zeros((1, self.num_envs)), self.delta.cumsum(0)])  # [T + 1, E]
-        change = np.concatenate([self.demand.sum(2), np.zeros((1, self.num_envs, 2))])
+        change = np.zeros((self.rounds + 2, self.num_envs, 2))
         for e in range(self.num_envs):
             leaves = np.searchsorted(start[:, e], start[:, e, None] + self.duration[:, e])  # the first round without it
-            np.subtract.at(change[:, e], leaves, self.demand[:, e])
+            present = np.where((leaves > np.arange(self.rounds + 1)[:, None])[..., None], self.demand[:, e], 0)
+            change[:-1, e] += present.sum(1)
+            np.subtract.at(change[:, e], leaves, present)
         return change[:-1].cumsum(0).clip(0)
 
     def _observe(self, **played):

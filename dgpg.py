@@ -167,7 +167,7 @@ def evaluate(env, policy):
 def restore(path, **parts):
     """What torch.save wrote; each part is set from it. Raises InputError if it cannot be read or does not fit."""
     try:
-        saved = torch.load(path, weights_only=True, map_location="cpu")
+        saved = dict(torch.load(path, weights_only=True, map_location="cpu"))
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         return saved

@@ -327,6 +327,7 @@ def offered(env):
         ("tasks of 20 episodes", np.arange(900.0), 20 * 4 * 20 * np.ones(900)),
         ("a few of 20 episodes", np.arange(900.0), np.where(np.arange(900) % 50, 1.0, 1600.0)),
         ("bursts of 100", np.arange(900) // 100 * 1000.0, 1.0 + np.arange(900) % 7),
+        ("bursts, most tasks without duration", np.arange(900) // 100 * 9.0, np.where(np.arange(900) % 9, 0.0, 40.0)),
         ("growing demands", np.arange(900.0), 1.0 + np.arange(900) ** 2 / 100),
     ],
 )
@@ -342,6 +343,43 @@ def test_the_load_of_a_trace_is_what_is_simulated(tmp_path, name, arrival, durat
         np.testing.assert_allclose(offered(env).mean(0), 0.7, err_msg=name)
         np.testing.assert_allclose(env.offered_load[:-1] / env.capacity.sum(0), offered(env), atol=1e-12)
     assert "offered load 0.700 of CPU, 0.700 of memory in 3 x 20 rounds" in str(env)
+
+
+def test_a_stretch_without_load_keeps_its_demands(tmp_path):
+    """No rounding error is scaled up to a load: here no task of the held-out part has a duration."""
+    rows = [f"{i},{5 if i < 400 else 0},{1 + i % 3},{0.1 * (1 + i % 7)}" for i in range(500)]
+    (tmp_path / "t.csv").write_text("\n".join(["arrival_s,duration_s,cpu,memory_gib", *rows]))
+    env = CloudEnv(3, 4, rounds=20, trace=tmp_path / "t.csv", held_out=True)
+    env.reset(seed=0)
+    assert not env.offered_load.any() and (0 < env.demand).all() and env.demand.max() < 1e3
+
+
+def test_the_offered_load_is_never_below_zero():
+    """Where all have left before the next ones come, rounding must not leave less than nothing."""
+    rng = np.random.default_rng(0)
+    env = CloudEnv(1, 5, rounds=40)
+    demand = np.where(np.arange(41) % 4, 0.0, 1.0)[:, None, None] * rng.uniform(0.1, 1, (41, 5, 2))
+    env.reset(options={"scenarios": [Scenario(demand, rng.integers(3, size=(41, 5)) + 0.5, np.ones(40))]})
+    assert (env.offered_load >= 0).all()
+    np.testing.assert_allclose(env.offered_load[:-1] / env.capacity.sum(0), offered(env), atol=1e-12)
+    np.testing.assert_allclose(env.offered_load[3::4], 0, atol=1e-12)
+
+
+def test_given_scenarios_are_not_scaled_to_the_load_of_the_trace(tmp_path):
+    write_trace(tmp_path / "trace.csv")
+    env, demand = CloudEnv(1, 4, rounds=4, trace=tmp_path / "trace.csv"), np.ones((5, 4, 2))
+    env.reset(options={"scenarios": [Scenario(demand, np.ones((5, 4)), np.ones(4))]})
+    np.testing.assert_array_equal(env.demand[:, 0], demand)
+
+
+def test_training_stretches_begin_anywhere(tmp_path):
+    table = write_trace(tmp_path / "trace.csv", 60)  # 48 rows, a stretch has 40: it begins at one of 9
+    env, seen = CloudEnv(1, 4, rounds=9, trace=tmp_path / "trace.csv"), set()
+    for seed in range(100):
+        env.reset(seed=seed)
+        duration = env.duration.ravel() / cloud_env.MEAN_DURATION * table[:, 1].mean()
+        seen |= {s for s in range(20) if np.allclose(table[s : s + 40, 1], duration)}
+    assert seen == set(range(9))
 
 
 def test_evaluation_stretches_do_not_overlap_where_there_is_room(tmp_path):

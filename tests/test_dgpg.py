@@ -417,6 +417,37 @@ def test_an_episode_that_takes_long_says_so(monkeypatch, capsys, script, seconds
     assert ("trained for 1 episodes, return -" in capsys.readouterr().out) == told
 
 
+@pytest.mark.parametrize("script", [dgpg, mappo, ippo])
+def test_argmax_is_the_return_of_the_most_likely_actions(script):
+    torch.save({"actor": MLP(1, 7, 32, 3.0).state_dict()}, "decided.pt")
+    options = dict(n_agents=6, rounds=10, num_steps=10, load=2.0, episodes=0, init_actor="decided.pt")
+    result = script.train(script.Args(**options))
+    actor = MLP(1, 7, 32, 0.01)
+    actor.load_state_dict(torch.load("decided.pt", weights_only=True)["actor"])
+
+    def most_likely(env, obs):
+        return actor(torch.tensor(obs)).argmax(-1).numpy()
+
+    env = CloudEnv(40, 6, rounds=10, load=2.0, held_out=True)
+    assert result["return_argmax"] == dgpg.evaluate(env, most_likely) != result["return"]
+
+
+@pytest.mark.parametrize("script", [dgpg, mappo, ippo])
+def test_both_gradients_are_clipped_in_every_minibatch_as_the_option_says(monkeypatch, script):
+    clipped, clip_grad = [], script.MLP.clip_grad
+
+    def recorded(net, max_norm):
+        clip_grad(net, max_norm)
+        grads = torch.cat([weight.grad.flatten(1) for weight in net.parameters()], 1)
+        clipped.append((net.weights[0].shape[1], max_norm, net.copies * grads.norm(dim=1).max().item()))
+
+    monkeypatch.setattr(script.MLP, "clip_grad", recorded)
+    script.train(script.Args(**TINY, num_envs=1, max_grad_norm=1e-3))
+    critic = 7 * 3 if script is ippo else 2 * 3 + 2 + 3 * 3  # inputs
+    assert [inputs for inputs, _, _ in clipped] == [7, critic] * 12  # 2 episodes, 2 epochs, 3 minibatches
+    assert all(max_norm == 1e-3 and norm < 1.01e-3 for _, max_norm, norm in clipped)
+
+
 def test_evaluated_on_the_held_out_part(monkeypatch):
     made, init = [], CloudEnv.__init__
     monkeypatch.setattr(CloudEnv, "__init__", lambda env, *args, **part: made.append(part) or init(env, *args, **part))
