@@ -131,7 +131,7 @@ def main(args):
             "\nmappo.py, 10 environments x 100 rounds an update, 10 epochs x 1 minibatch of all states, "
             "two hidden layers of 64, one thread"
         )
-        columns = ("rows scored for a decision", "agents in a minibatch", "agent-steps/s", "peak MiB", "fastest peer")
+        columns = ("rows scored for a decision", "agents in a minibatch", "agent-steps/s", "fastest peer")
         head("N", *columns, "ratio")
         setting = "--num-envs 10 --hidden 64 --num-minibatches 1 --update-epochs 10 --episodes 40 --eval-every 40"
         for n, speed in PEERS.items():
@@ -139,7 +139,7 @@ def main(args):
                 for agents in sorted({n, min(n, dgpg.Args().minibatch_agents)}):
                     row = run("mappo.py", n, 1, f"{setting} --minibatch-agents {agents} --servers-per-agent {rows}")[-1]
                     ratio = float(row["sps"]) / speed
-                    figures = f"{row['sps']} | {row['peak_mib']} | BenchMARL {speed:,} | {ratio:.2f}"
+                    figures = f"{row['sps']} | BenchMARL {speed:,} | {ratio:.2f}"
                     print(f"| {n} | {min(rows, n)} | {agents} | {figures} |", flush=True)
 
 

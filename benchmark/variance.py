@@ -134,7 +134,9 @@ def main(args):
     torch.set_num_threads(1)
     path = RESULTS / "variance.csv"
     there = {(row["case"], row["n_agents"], row["set"]) for row in read(path)}
-    jobs = [(case, n, k) for k in range(args.sets) for case in CASES for n in args.sizes]
+    jobs = [
+        (case, n, k) for k in range(args.sets) for case in CASES for n in args.sizes[: None if case == CASES[0] else -1]
+    ]
     missing = [job for job in jobs if job not in there]
     start, weights = time.time(), trained() if missing else None
     for done, (case, n, k) in enumerate(missing, 1):
@@ -152,11 +154,11 @@ def main(args):
 
     names = [f"{term}_{kind}" for term in TERMS for kind in ("variance", "noise")]
     names += ["mixture_variance", "optimum_variance", "alpha_star"]
-    rows, sizes = read(path), np.array(args.sizes)
+    rows = read(path)
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6))
     for case in CASES:
         table = {(row["n_agents"], row["set"]): row for row in rows if row["case"] == case}
-        sets = sorted({k for _, k in table})
+        sizes, sets = (np.array(sorted({key[k] for key in table})) for k in (0, 1))
         values = {name: np.array([[table[n, k][name] for n in sizes] for k in sets]) for name in names}  # [sets, sizes]
         print()
         head(f"{case}: N", *names)
