@@ -164,7 +164,7 @@ def main(args):
         head(f"{case}: N", *names)
         for column, n in enumerate(sizes):
             cells = [f"{values[name][:, column].mean():.4g} ± {error(values[name][:, column]):.2g}" for name in names]
-            print(f"| {n} | {' | '.join(cells)} |")
+            print(f"| {n:.0f} | {' | '.join(cells)} |")
         slopes = {name: [slope(sizes, value)[0] for value in values[name]] for name in names}
         slopes = {name: f"{np.mean(value):.2f} ± {error(np.array(value)):.2f}" for name, value in slopes.items()}
         print(f"| slope | {' | '.join(slopes.values())} |")
