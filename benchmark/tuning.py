@@ -12,12 +12,14 @@ FASTER = "--learning-rate 1e-2"
 SHARED_BATCHES = [FASTER, "", f"{FASTER} --num-envs 2", "--num-envs 2", f"{FASTER} --num-envs 4"]
 SHARED_BATCHES += [f"{FASTER} --num-steps 50", f"{FASTER} --num-steps 25", f"{FASTER} --ent-coef 0"]
 OWN_BATCHES = [OWN, f"{OWN} --num-envs 2", f"{OWN} --num-steps 50", OWN.replace("1e-3", "3e-3")]
+OWN_10 = "--no-share-parameters --ent-coef 0"
 RATES = [f"--learning-rate {rate} --ent-coef {bonus}" for rate in ("1e-3", "3e-3", "1e-2") for bonus in ("0", "0.01")]
 PLAN = [  # script, N, episodes, changes, seeds
     *(("mappo.py", n, 1600, SHARED_BATCHES, (1,)) for n in (5, 10)),
     ("mappo.py", 5, 1600, OWN_BATCHES, (1,)),
     *(("mappo.py", n, 1600, SHARED_BATCHES, (2,)) for n in (5, 10)),
-    ("mappo.py", 20, 1600, SHARED_BATCHES[:4], (1,)),
+    ("mappo.py", 20, 1600, SHARED_BATCHES[:4] + ["--num-steps 50", "--num-steps 25"], (1,)),
+    ("mappo.py", 10, 1600, [OWN_10, f"{OWN_10} --num-envs 2", f"{OWN_10} --num-steps 50"], (1,)),
     *(("ippo.py", n, 1600, RATES, (1,)) for n in (20, 50)),
     *(("ippo.py", n, 1600, RATES[-2:], (2, 3)) for n in (20, 50)),  # one seed leaves the two close
 ]
