@@ -69,7 +69,7 @@ def check(args):
         raise InputError(f"num_steps x num_envs must be at least 2 and num_minibatches = {args.num_minibatches}")
     for whole, part in (("episodes", "num_envs"), ("rounds", "num_steps")):
         if getattr(args, whole) % getattr(args, part):
-            raise InputError(f"{whole} must be a multiple of {part}, not {getattr(args, whole)}")
+            raise InputError(f"{whole} = {getattr(args, whole)} is no multiple of {part} = {getattr(args, part)}")
 
 
 class MLP(nn.Module):
@@ -94,8 +94,8 @@ class MLP(nn.Module):
         return torch.baddbmm(bias, h, weight).reshape(x.shape[:-1])
 
     def clip_grad(self, max_norm):
-        """Scale the gradient of each network, as of the mean over its own samples, to a norm of at most `max_norm`."""
-        grads = [weight.grad for weight in self.parameters()]  # of a loss that is the mean over all of them
+        """Give each network the gradient of its own loss, scaled to a norm of at most `max_norm`."""
+        grads = [weight.grad for weight in self.parameters()]  # of the mean of their losses: 1/copies of their own
         norms = self.copies * torch.cat([grad.flatten(1) for grad in grads], 1).norm(dim=1)  # [copies]
         assert norms.isfinite().all(), "a gradient is not finite; the run's checkpoint is from before this update"
         scale = self.copies * (max_norm / (norms + 1e-6)).clamp(max=1).view(-1, 1, 1)
@@ -139,7 +139,7 @@ def guidance(x, x_ref, z, touched, actions):
 
     x, x_ref: state after the joint action and reference x̃ [B, M, R]. z: influence of every action [B, N, K, J, R] on
     the components `touched` [B, N, K, J], of which actions may share some. actions: the ones taken [N, B].
-    Returns [N, B, K]: g_i = ⟨x − x̃, z_i⟩ for the action taken. E[g_i ∇log π_i] descends E[d(x, x̃) + ½ Σ_i ‖z_i‖²].
+    Returns [N, B, K]: g_i = ⟨x − x̃, z_i⟩ for the action taken. Σ_i E[g_i ∇log π_i] = ∇E[d(x, x̃) + ½ Σ_i ‖z_i‖²].
     """
     (B, N, K, J, R), M = z.shape, x.shape[1]
     assert x.shape == x_ref.shape == (B, M, R), f"{x.shape=} {x_ref.shape=} {z.shape=}"
@@ -204,8 +204,8 @@ def train(args):
     critic = MLP(1, info["state"].shape[-1], 64, output_gain=1.0)  # V(s) of the global state
     if args.init_actor is not None and not checkpoint:
         restore(args.init_actor, actor=actor)
-    value_norm, weights = ValueNorm(), [*actor.parameters(), *critic.parameters()]
-    optimizer = torch.optim.Adam(weights, lr=args.learning_rate, eps=1e-5, fused=True)
+    value_norm, parameters = ValueNorm(), [*actor.parameters(), *critic.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     parts = {"actor": actor, "critic": critic, "value_norm": value_norm, "optimizer": optimizer}
 
     def tensor(array):
@@ -273,7 +273,7 @@ def train(args):
     constants = {name: tensor(value) for name, value in env.constants.items()}
     for episode in range(start + E, args.episodes + 1, E):  # an episode of every environment
         episode_start, episodic_return, losses = time.time(), 0, []
-        next_obs, info = env.reset(seed=args.seed * 10**6 + episode - E)  # the scenario depends on nothing else
+        next_obs, info = env.reset(seed=args.seed * 10**6 + episode - E)  # scenarios of this seed and episode
         for first in range(0, T, args.num_steps):  # an update takes the next rounds of each
             progress = (episode - E + first / T * E) / args.episodes  # from 0 to 1
             # ROLLOUT
@@ -310,11 +310,11 @@ def train(args):
             x, x_ref = b_played.pop("x"), reference_state(**b_played, **constants)
             g = guidance(x, x_ref, *local_influence(**b_played, **constants), b_actions)  # g_i(a') [N, B, K]
             weights = b_logits.exp() if args.own_action_expectation else F.one_hot(b_actions, g.shape[-1])
-            mean = (weights * g).sum(-1, keepdim=True)  # E_{a'~π_i} g_i(a'), or g_i of the action taken
-            g = g - (mean if args.own_action_expectation else mean.mean())
+            g_mean = (weights * g).sum(-1, keepdim=True)  # E_{a'~π_i} g_i(a'), or g_i of the action taken
+            g = g - (g_mean if args.own_action_expectation else g_mean.mean())
             g_std = (weights * g**2).sum(-1).mean().sqrt()
             alpha = (1 - progress) * args.alpha_start + progress * args.alpha_end
-            b_advantages = F.one_hot(b_actions, g.shape[-1]) * b_advantages.unsqueeze(-1)  # Â of the action taken
+            b_advantages = F.one_hot(b_actions, g.shape[-1]) * b_advantages.unsqueeze(-1)  # Â of action a_i [N, B, K]
             b_advantages = (1 - alpha) * b_advantages - alpha * weights * g / (g_std + 1e-8)  # Â ← (1−α) Â − α g
 
             # UPDATE: minibatches of states, each with the same number of agents, drawn anew
@@ -326,7 +326,7 @@ def train(args):
                     sample = agents.unsqueeze(1), index
                     dist = Categorical(logits=actor(b_obs[sample]))
                     old, advantage = b_logits[sample], b_advantages[sample]  # log π_old and Â of every own action
-                    logratio = (dist.logits - old).clamp(max=20)
+                    logratio = (dist.logits - old).clamp(max=20)  # so that ρ stays finite
                     ratio = logratio.exp()  # ρ = π(a)/π_old(a)
                     # L = −Σ_a min(ρ Â, clip(ρ, 1−ε, 1+ε) Â) (Schulman et al. 2017, eq. 7)
                     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)

@@ -63,7 +63,7 @@ def check(args):
         raise InputError(f"num_steps x num_envs must be at least 2 and num_minibatches = {args.num_minibatches}")
     for whole, part in (("episodes", "num_envs"), ("rounds", "num_steps")):
         if getattr(args, whole) % getattr(args, part):
-            raise InputError(f"{whole} must be a multiple of {part}, not {getattr(args, whole)}")
+            raise InputError(f"{whole} = {getattr(args, whole)} is no multiple of {part} = {getattr(args, part)}")
 
 
 class MLP(nn.Module):
@@ -88,8 +88,8 @@ class MLP(nn.Module):
         return torch.baddbmm(bias, h, weight).reshape(x.shape[:-1])
 
     def clip_grad(self, max_norm):
-        """Scale the gradient of each network, as of the mean over its own samples, to a norm of at most `max_norm`."""
-        grads = [weight.grad for weight in self.parameters()]  # of a loss that is the mean over all of them
+        """Give each network the gradient of its own loss, scaled to a norm of at most `max_norm`."""
+        grads = [weight.grad for weight in self.parameters()]  # of the mean of their losses: 1/copies of their own
         norms = self.copies * torch.cat([grad.flatten(1) for grad in grads], 1).norm(dim=1)  # [copies]
         assert norms.isfinite().all(), "a gradient is not finite; the run's checkpoint is from before this update"
         scale = self.copies * (max_norm / (norms + 1e-6)).clamp(max=1).view(-1, 1, 1)
@@ -178,8 +178,8 @@ def train(args):
     critic = MLP(1, info["state"].shape[-1], 64, output_gain=1.0)  # V(s) of the global state
     if args.init_actor is not None and not checkpoint:
         restore(args.init_actor, actor=actor)
-    value_norm, weights = ValueNorm(), [*actor.parameters(), *critic.parameters()]
-    optimizer = torch.optim.Adam(weights, lr=args.learning_rate, eps=1e-5, fused=True)
+    value_norm, parameters = ValueNorm(), [*actor.parameters(), *critic.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     parts = {"actor": actor, "critic": critic, "value_norm": value_norm, "optimizer": optimizer}
 
     def tensor(array):
@@ -246,7 +246,7 @@ def train(args):
 
     for episode in range(start + E, args.episodes + 1, E):  # an episode of every environment
         episode_start, episodic_return, losses = time.time(), 0, []
-        next_obs, info = env.reset(seed=args.seed * 10**6 + episode - E)  # the scenario depends on nothing else
+        next_obs, info = env.reset(seed=args.seed * 10**6 + episode - E)  # scenarios of this seed and episode
         for first in range(0, T, args.num_steps):  # an update takes the next rounds of each
             progress = (episode - E + first / T * E) / args.episodes  # from 0 to 1
             # ROLLOUT
