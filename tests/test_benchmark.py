@@ -5,6 +5,8 @@ import pathlib
 import numpy as np
 import pytest
 
+from cloud_env import CloudEnv
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -47,3 +49,35 @@ def test_a_sweep_goes_on_where_it_was(monkeypatch, tmp_path):
     assert len(runs.sweep("name", jobs, 1)) == 6 and done == [3]
     (curves,) = runs.curves(runs.sweep("name", jobs, 1)).values()
     assert curves.keys() == {1, 2, 3} and curves[3].tolist() == [[5, 10], [2, 1]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_yardsticks_take_the_best_action_of_what_they_see(monkeypatch, seed):
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    policies = pytest.importorskip("yardsticks").POLICIES
+    env, rng = CloudEnv(2, 9, load=2.0, servers_per_agent=3), np.random.default_rng(seed)
+    env.reset(seed=seed)
+    for _ in range(8):
+        env.step(rng.integers(3, size=(2, 9)))
+
+    def distance(x, e):
+        return 0.5 * ((x - env.offered_load[env.t, e] / env.capacity.sum(0)) ** 2).sum()
+
+    names = ("least loaded, in turn", "greedy on the model, in turn", "greedy on the model, all at once")
+    for name in names:
+        actions = policies[name](env, None)
+        for e in range(2):
+            x = env.x[e].copy()
+            for agent in np.concatenate(env.turns):
+                scores = []
+                for server in env.reach[agent]:
+                    z = np.zeros_like(x)
+                    z[server] = env.demand[env.t, e, agent] / env.capacity[server]
+                    if name.startswith("least"):
+                        scores.append((x + z)[server].max())
+                    else:  # g = d(x + z) − d(x) + ½‖z‖²
+                        scores.append(distance(x + z, e) - distance(x, e) + 0.5 * (z**2).sum())
+                assert actions[e, agent] == np.argmin(scores), (name, e, agent)
+                if name.endswith("in turn"):
+                    server = env.reach[agent, actions[e, agent]]
+                    x[server] += env.demand[env.t, e, agent] / env.capacity[server]
