@@ -6,7 +6,7 @@ Writes results/ablations.csv (a run that is there is not repeated), and prints t
 import numpy as np
 import tyro
 from altered import VARIANTS
-from runs import RESULTS, Args, curves, head, listed, reached, read, shown, sweep
+from runs import RESULTS, Args, counted, curves, head, reached, read, shown, sweep
 
 SAMPLED, OWN = "--no-own-action-expectation", "--no-share-parameters"
 # the form that the project had before: an update per episode
@@ -43,7 +43,7 @@ def main(args):
     head("change", "first at Best-Fit", "cost ratio after 1 episode", "2", "5", "at the end", "Best-Fit's return")
     for (_, _, options), seeds in curves(rows).items():
         ratios = np.array([ratios for _, ratios in seeds.values()])
-        first = listed(sorted(reached(*curve, stays=False) for curve in seeds.values()))
+        first = counted([reached(*curve, stays=False) for curve in seeds.values()])
         change = options.removeprefix("--eval-every 1").strip() or "none"
         means = " | ".join(shown(ratios[:, k - 1]) for k in (1, 2, 5, 0))
         print(f"| `{change}` | {first} | {means} | {best_fit[options]:.1f} |")

@@ -7,7 +7,7 @@ table. DG-PG's runs come from results/scaling.csv.
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from runs import RESULTS, Args, curves, head, listed, reached, read, save, slope, sweep
+from runs import RESULTS, Args, counted, curves, head, listed, reached, read, save, slope, sweep
 
 SHARED, OWN = "", "--no-share-parameters --ent-coef 0"
 FASTER = "--learning-rate 1e-2"  # earlier at N = 5, later and unsteady at N = 10 (tuning.py)
@@ -62,7 +62,7 @@ def main(args):
         best = ", ".join(f"{argmax[script, n, options, seed]:.2f}" for seed, _ in seeds)
         median = listed([np.median(np.nan_to_num(first, nan=np.inf))]).replace("inf", "never")
         if script != "dgpg.py" or settings:  # scaling.py has the others
-            cells = f"{listed(sorted(first))} | {median} | {listed(sorted(stays))} | {ratios} | {best} | {budget:.0f}"
+            cells = f"{counted(first)} | {median} | {counted(stays)} | {ratios} | {best} | {budget:.0f}"
             print(f"| {NAMES[script]} `{settings}` | {actor} | {n} | {cells} |".replace(" `` ", " "))
         if not settings:
             points.setdefault(f"{NAMES[script]}, {actor}", []).extend(

@@ -130,6 +130,12 @@ def listed(episodes):
     return ", ".join("never" if np.isnan(episode) else f"{episode:.0f}" for episode in episodes)
 
 
+def counted(episodes):
+    """Numbers of episodes as text in ascending order, each with how often it occurs; NaN as never."""
+    values, counts = np.unique(episodes, return_counts=True)  # NaN last
+    return ", ".join(listed([value]) + (f" ({count})" if count > 1 else "") for value, count in zip(values, counts))
+
+
 def interval(values):
     """Mean and half the width of its 95 % confidence interval (Student's t); the latter NaN for one value."""
     values = np.asarray(values, dtype=float)

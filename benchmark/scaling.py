@@ -6,7 +6,7 @@ Writes results/scaling.csv (a run that is there is not repeated) and scaling.svg
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from runs import RESULTS, Args, curves, head, listed, reached, read, save, shown, slope, sweep
+from runs import RESULTS, Args, counted, curves, head, reached, read, save, shown, slope, sweep
 
 SEEDS = {2: 5, 5: 20, 10: 5, 20: 5, 50: 5, 100: 5, 200: 5, 500: 3, 1000: 3, 1500: 3}  # seeds 1, 2, … of each N
 EPISODES = (1, 2, 5)
@@ -41,7 +41,7 @@ def main(args):
         cells = [shown(ratios[:, k - 1]) for k in (*EPISODES, 0)] + [f"{ratios[:, -1].max():.2f}"]
         cells.append(shown([row["argmax"] / row["best_fit"] for row in last]))
         cells += [f"{np.median([row[name] for row in last]):.0f}" for name in ("seconds", "peak_mib")]
-        cells = [str(n), str(len(last)), listed(sorted(first)), listed(sorted(stays)), *cells]
+        cells = [str(n), str(len(last)), counted(first), counted(stays), *cells]
         print(f"| {'shared' if options == SHARED else 'own'} | {' | '.join(cells)} |")
         if options == OWN:
             continue

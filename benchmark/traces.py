@@ -59,11 +59,16 @@ def main(args):
     jobs = [("dgpg.py", n, seed, f"{s} {trace}") for _, n, _, trace in settings for s in SETTINGS for seed in SEEDS]
     found = sweep("traces", jobs, args.workers)
     yardsticks = ("least loaded, in turn", "greedy on the model, in turn", "greedy on the model, all at once")
-    head("trace", "N", "rounds", "Best-Fit", *yardsticks, "DG-PG", "argmax", "4 environments", "argmax")
+    head("trace", "N", "rounds", "stretches", "Best-Fit", *yardsticks, "DG-PG", "argmax", "4 environments", "argmax")
     for name, n, rounds, trace in settings:
         env = CloudEnv(max(2, min(40, 2_000 // n)), n, rounds, trace=FOLDER / name, held_out=True)
         best = evaluate(env, POLICIES["Best-Fit, in turn"])
-        cells = [f"{best:.2f}", *(f"{evaluate(env, POLICIES[key]) / best:.2f}" for key in yardsticks)]
+        apart = min(env.num_envs, len(env.trace) // (n * (rounds + 1)))
+        cells = [
+            f"{env.num_envs}, {apart} apart",
+            f"{best:.2f}",
+            *(f"{evaluate(env, POLICIES[key]) / best:.2f}" for key in yardsticks),
+        ]
         for setting in SETTINGS:
             runs = [r for r in found if (r["n_agents"], r["options"]) == (n, f"{setting} {trace}")]
             for figure in ("return", "argmax"):

@@ -48,14 +48,7 @@ def main(args):
             if row["options"] == options and row["script"] == script and row["n_agents"] == n
         }
         at.append(", ".join(f"{last[seed]:.2f}" for seed in sorted(last)))
-        name, (
-            _,
-            episodes,
-            *_,
-        ) = (
-            script.removesuffix(".py").upper(),
-            options.split(),
-        )
+        name, episodes = script.removesuffix(".py").upper(), options.split()[1]
         change = options.partition(RUN)[2].strip() or "none"
         print(f"| {name} | {n} | `{change}` | {first} | {' | '.join(at)} | {episodes} |")
 

@@ -21,6 +21,7 @@ def test_summaries_by_hand(monkeypatch):
     assert runs.interval([1, 2, 3]) == pytest.approx((2, 4.30 / 3**0.5))
     assert [runs.shown(values) for values in ([1, 2, 3], [0.5])] == ["2.00 ± 2.48", "0.50"]
     assert runs.listed([80, np.nan, 160.0]) == "80, never, 160"
+    assert runs.counted([160, np.nan, 80, 80.0, np.nan]) == "80 (2), 160, never (2)"
     n = np.array([5, 10, 50, 200])
     assert runs.slope(n, 3.0 * n**0.7) == pytest.approx((0.7, 0), abs=1e-7)
     assert runs.slope(np.array([1, np.e, np.e**2]), np.array([1, np.e, 1])) == pytest.approx(
