@@ -144,7 +144,7 @@ class CloudEnv:
             self.trace = (rows[cut:] if held_out else rows[:cut]) / [*seconds, 1, 1]
             if len(self.trace) < needed:
                 part = f"its {'last 20' if held_out else 'first 80'} % has {len(self.trace)} rows"
-                least = f"n_agents x (rounds + 1) = {needed} are needed, {5 * needed} in all; or fewer --rounds"
+                least = f"n_agents x (rounds + 1) = {needed} needed in either, {5 * needed} in all; or fewer --rounds"
                 raise InputError(f"trace {trace}: {part}, {least}")
             if held_out:
                 self._starts = np.linspace(0, len(self.trace) - needed, num_envs).astype(int)
@@ -189,7 +189,7 @@ class CloudEnv:
         cpu, memory = (self.offered_load[:-1] / self.capacity.sum(0)).mean((0, 1))
         room = self.num_envs if self._starts[0] is None else len(self.trace) // self.demand[:, 0, :, 0].size
         text = f"offered load {cpu:.3f} of CPU, {memory:.3f} of memory in {self.num_envs} x {self.rounds} rounds"
-        return text + (f" that overlap, with room for {room}" if room < self.num_envs else "")
+        return text + (f" that overlap: {room} would lie apart" if room < self.num_envs else "")
 
     def _offered_load(self):
         """L_t [T + 1, E, 2]: the demand present after round t's arrivals if nothing ever slowed down (M_t/G/∞)."""

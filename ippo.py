@@ -30,7 +30,7 @@ class Args:
     resume: str | None = None  # the folder of an interrupted run to go on with, under its own options
     n_agents: int = 50  # number of agents N, each with one task per round; also the number of servers
     rounds: int = 100  # rounds T of one episode
-    load: float = 0.8  # long-run offered load as a fraction of the fleet's capacity
+    load: float = 0.8  # offered load as a fraction of the fleet's capacity (of a trace: each episode's mean)
     servers_per_agent: int = 8  # servers K that an agent reaches (N if that is fewer)
     trace: str | None = None  # a CSV file of real workload: trains on its first 80 %, evaluates on its last 20 %
     episodes: int = 1600  # training episodes, all environments counted
@@ -45,7 +45,7 @@ class Args:
     gamma: float = 0.97  # discount factor per round
     gae_lambda: float = 0.9  # λ of generalised advantage estimation
     num_minibatches: int = 4  # minibatches per epoch, each of num_steps E / num_minibatches states
-    minibatch_agents: int = 50  # agents that a minibatch draws to train a shared actor (one per agent: always all)
+    minibatch_agents: int = 50  # agents that a minibatch draws if they share the actor; it has all if not
     update_epochs: int = 10  # epochs per update
     clip_coef: float = 0.2  # clip range of the policy ratio
     ent_coef: float = 0.01  # weight of the entropy bonus
@@ -59,8 +59,8 @@ def check(args):
         high = dict(seed=99_999, gamma=1, gae_lambda=1, alpha_start=1, alpha_end=1).get(name, 10**9)
         if kind in (int, float) and not low <= getattr(args, name) <= high:
             raise InputError(f"{name} must be from {low} to {high}, not {getattr(args, name)}")
-    if args.num_steps * args.num_envs < max(2, args.num_minibatches):  # of one advantage nothing is left to standardise
-        raise InputError(f"num_steps x num_envs must be at least 2 and num_minibatches = {args.num_minibatches}")
+    if (states := args.num_steps * args.num_envs) < max(2, args.num_minibatches):  # one cannot be standardised
+        raise InputError(f"num_steps x num_envs = {states} must be at least 2 and num_minibatches")
     for whole, part in (("episodes", "num_envs"), ("rounds", "num_steps")):
         if getattr(args, whole) % getattr(args, part):
             raise InputError(f"{whole} = {getattr(args, whole)} is no multiple of {part} = {getattr(args, part)}")
@@ -146,7 +146,7 @@ def restore(path, **parts):
             part.load_state_dict(saved[name])
         return saved
     except Exception as error:
-        raise InputError(f"{path} cannot be used: {' '.join(str(error).split())[:300]}") from None
+        raise InputError(f"{path} cannot be used: {type(error).__name__} {' '.join(str(error).split())}") from None
 
 
 def train(args):
@@ -247,7 +247,7 @@ def train(args):
     for episode in range(start + E, args.episodes + 1, E):  # an episode of every environment
         episode_start, episodic_return, losses = time.time(), 0, []
         next_obs, info = env.reset(seed=args.seed * 10**6 + episode - E)  # scenarios of this seed and episode
-        for first in range(0, T, args.num_steps):  # an update takes the next rounds of each
+        for first in range(0, T, args.num_steps):  # an update takes the next num_steps rounds
             progress = (episode - E + first / T * E) / args.episodes  # from 0 to 1
             # ROLLOUT
             steps, states, rewards = [], [], []
@@ -258,7 +258,7 @@ def train(args):
                 actions = dist.sample()
                 steps.append((obs, actions, dist.log_prob(actions)))
                 next_obs, reward, terminated, truncated, info = env.step(actions.T.cpu().numpy().copy())
-                assert (truncated == (t == T - 1)).all() and not terminated.any(), "only round T may be cut off"
+                assert (truncated == (t == T - 1)).all() and not terminated.any(), "round T alone must be cut off"
                 rewards.append(tensor(reward).float())
             states.append(tensor(next_obs).transpose(0, 1).flatten(2))  # the last state has a value: bootstrap from it
 
@@ -302,7 +302,7 @@ def train(args):
                     clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
                     losses.append(torch.stack([value_loss, policy_loss, entropy, approx_kl, clipfrac, *more]).detach())
 
-        # LOG: means over the episode's updates
+        # LOG: means over the episode's minibatches
         train_seconds += time.time() - episode_start
         tags = "losses/value_loss losses/policy_loss losses/entropy losses/approx_kl losses/clipfrac "
         tags += "losses/explained_variance"

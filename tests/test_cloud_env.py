@@ -391,7 +391,7 @@ def test_evaluation_stretches_do_not_overlap_where_there_is_room(tmp_path):
         for k, start in enumerate([320, 340, 360, 380] if room is None else [320, 335, 350, 365, 380]):
             np.testing.assert_allclose(duration[k], table[start : start + 20, 1])
         assert ("overlap" in str(env)) == (room is not None)
-    assert str(env).endswith(" that overlap, with room for 4")
+    assert str(env).endswith(" that overlap: 4 would lie apart")
     training = CloudEnv(5, 4, rounds=4, trace=tmp_path / "trace.csv")
     training.reset(seed=3)
     assert "overlap" not in str(training)
@@ -399,9 +399,7 @@ def test_evaluation_stretches_do_not_overlap_where_there_is_room(tmp_path):
 
 def test_a_short_trace_says_what_it_has_and_needs(tmp_path):
     write_trace(tmp_path / "trace.csv")
-    message = (
-        r"trace.csv: its last 20 % has 80 rows, n_agents x \(rounds \+ 1\) = 84 are needed, 420 in all; .*--rounds"
-    )
+    message = r"trace.csv: its last 20 % has 80 rows, n_agents x \(rounds \+ 1\) = 84 needed in either, 420 in all; .*--rounds"
     with pytest.raises(InputError, match=message):
         CloudEnv(1, 4, rounds=20, trace=tmp_path / "trace.csv", held_out=True)
     write_trace(tmp_path / "trace.csv", 420)
