@@ -13,7 +13,7 @@ import tyro
 from runs import ROOT, head, interval, sweep
 from yardsticks import POLICIES
 
-from cloud_env import CloudEnv, load_trace
+from cloud_env import MEAN_DURATION, CloudEnv, load_trace
 from dgpg import evaluate
 
 FOLDER = ROOT / "runs" / "traces"
@@ -28,7 +28,7 @@ class Args:
 
 
 def write(name, duration):
-    """A trace of Poisson arrivals, one a second, with these durations [rows] in s and equally likely demands."""
+    """A trace of Poisson arrivals, one a second, with these durations [rows] in s and equally likely vCPU and GiB."""
     rng, rows = np.random.default_rng(1), len(duration)
     columns = rng.exponential(1, rows).cumsum(), duration, rng.choice([1, 2, 4], rows), rng.choice([2, 4, 8], rows)
     title = "arrival_s,duration_s,cpu,memory_gib"
@@ -37,10 +37,9 @@ def write(name, duration):
 
 def main(args):
     FOLDER.mkdir(parents=True, exist_ok=True)
-    rng, rows, low, high, shape = np.random.default_rng(0), 100_000, 10.0, 1e5, 0.9
+    rng, rows = np.random.default_rng(0), 100_000
     write("exponential.csv", rng.exponential(600, rows))
-    u = rng.random(rows)  # inverse distribution function of the bounded Pareto, as in cloud_env.py
-    write("pareto.csv", (u * low**-shape + (1 - u) * high**-shape) ** (-1 / shape))
+    write("pareto.csv", (10 * (1 + rng.pareto(0.9, rows))).clip(max=1e5))
     names = ["exponential.csv", "pareto.csv"]
     for file in map(pathlib.Path, args.files):  # under their names alone, so that the results do not depend on folders
         names.append(file.name)
@@ -49,8 +48,9 @@ def main(args):
     settings = []
     for name in names:
         duration = load_trace(FOLDER / name)[:, 1]
+        duration *= MEAN_DURATION / duration.mean()  # rounds, as the environment scales them
         print(
-            f"{name}: {len(duration)} tasks, median duration {np.median(duration) / duration.mean() * 7.4:.2f} rounds"
+            f"{name}: {len(duration)} tasks, median {np.median(duration):.2f}, {(duration < 1).mean():.0%} below 1 round"
         )
         for n in SIZES:
             rounds = min(100, (len(duration) // (5 * n) - 1) // 10 * 10)
