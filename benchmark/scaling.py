@@ -1,70 +1,108 @@
-"""DG-PG at N = 2 … 1500, one actor for all and one per agent: episodes until Best-Fit, cost ratio, seconds and memory.
+"""DG-PG is at Best-Fit after a few episodes at any N; the episodes that MAPPO and IPPO need grow with N.
 
-Writes results/scaling.csv (a run that is there is not repeated) and scaling.svg, and prints the table.
+Writes measured/scaling.csv, learning.svg (cost ratio over episodes, by script) and scaling.svg (DG-PG's, by N), and
+prints the table: runs with the defaults, then the baselines' other batches and rates.
 """
 
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from runs import RESULTS, Args, counted, curves, head, reached, read, save, shown, slope, sweep
+from runs import Args, first, head, line, ratios, save, shown, slope, sweep, until
 
-SEEDS = {2: 5, 5: 20, 10: 5, 20: 5, 50: 5, 100: 5, 200: 5, 500: 3, 1000: 3, 1500: 3}  # seeds 1, 2, … of each N
-EPISODES = (1, 2, 5)
-SHARED = "--eval-every 1"
-OWN = f"{SHARED} --no-share-parameters --episodes 20 --update-epochs 20 --learning-rate 1e-2"  # each has one sample
+NAMES = {"dgpg.py": "DG-PG", "mappo.py": "MAPPO", "ippo.py": "IPPO"}
+SEEDS = {2: 5, 5: 20, 10: 5, 20: 5, 50: 5, 100: 5, 200: 5, 500: 3, 1000: 3, 1500: 3}  # how many of DG-PG at each N
+BUDGETS = {2: 1600, 5: 1600, 10: 4000, 20: 4000, 50: 4000, 200: 504}  # the baselines' episodes, multiples of 8
+RATES = "--learning-rate 1e-3", "--learning-rate 3e-3", "--learning-rate 1e-2"  # a script's own is run again
+BATCHES = "--num-envs 2", "--num-steps 25"
+TUNED, TUNING_SEEDS = (5, 10), (11, 12)  # other seeds than the table's
+SHOWN = (5, 50, 200)  # in learning.svg
+
+
+def guided(n, options=""):
+    """DG-PG's jobs at N agents."""
+    return [("dgpg.py", n, seed, f"--eval-every 1 {options}".strip()) for seed in range(1, SEEDS[n] + 1)]
+
+
+def baseline(script, n):
+    """A baseline's jobs at N agents: ten seeds at N = 5, three elsewhere."""
+    options = f"--episodes {BUDGETS[n]} --eval-every 40"
+    return [(script, n, seed, options) for seed in range(1, 11 if n == 5 else 4)]
+
+
+def tuning():
+    """The baselines' jobs with other batches and rates, in groups that differ in their seeds alone."""
+    return [
+        [(script, n, seed, f"--episodes 1600 --eval-every 80 {change}") for seed in TUNING_SEEDS]
+        for script in ("mappo.py", "ippo.py")
+        for n in TUNED
+        for change in RATES + BATCHES
+    ]
+
+
+def draw(found):
+    """The two figures, of the runs found {job: rows}."""
+    import matplotlib.pyplot as plt
+
+    def mean(jobs):
+        """Episodes and the geometric mean of the runs' cost ratios."""
+        runs = [found[job] for job in jobs if job in found]
+        curves = [[row["cost_ratio"] for row in rows] for rows in runs]
+        return [row["episodes"] for row in runs[0]], np.exp(np.log(curves).mean(0)), curves
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for color, n in enumerate(SHOWN):
+        for style, script in zip(("-", "--", ":"), NAMES):
+            jobs = guided(n) if script == "dgpg.py" else baseline(script, n)
+            if not any(job in found for job in jobs):
+                continue
+            episodes, middle, curves = mean(jobs)
+            episodes = np.maximum(episodes, 0.5)  # before training, where a logarithmic axis has no place
+            axes.loglog(episodes, middle, style, color=f"C{color}", label=f"{NAMES[script]}, N = {n}")
+            axes.fill_between(episodes, np.min(curves, 0), np.max(curves, 0), color=f"C{color}", alpha=0.15, lw=0)
+    axes.axhline(1, color="black", lw=0.8)
+    axes.annotate("Best-Fit", (0.5, 1.05))
+    axes.set_xticks((0.5, 1, 10, 100, 1000), ("untrained", "1", "10", "100", "1,000"))
+    axes.set(xlabel="episodes", ylabel="cost ratio", title="geometric mean over seeds, and their range")
+    axes.legend(fontsize=8, ncols=3)
+    save(figure, "learning")
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for k, n in enumerate(SEEDS):
+        if any(job in found for job in guided(n)):
+            episodes, middle, _ = mean(guided(n))
+            axes.semilogy(episodes[1:], middle[1:], color=plt.cm.viridis(k / len(SEEDS)), label=f"N = {n}")
+    axes.axhline(1, color="black", lw=0.8)
+    axes.set_yticks((0.5, 0.6, 0.8, 1), ("0.5", "0.6", "0.8", "1"))
+    axes.minorticks_off()
+    axes.set(xlabel="episodes", ylabel="cost ratio", title="DG-PG, geometric mean over seeds; 1: Best-Fit")
+    axes.legend(ncols=2, fontsize=8)
+    save(figure, "scaling")
 
 
 def main(args):
-    jobs = [("dgpg.py", n, seed, SHARED) for n, seeds in SEEDS.items() for seed in range(1, seeds + 1)]
-    jobs += [("dgpg.py", n, seed, OWN) for n in (2, 5, 10, 20, 50, 200) for seed in (1, 2, 3)]
-    rows = read(RESULTS / "scaling.csv") if args.only_show else sweep("scaling", jobs, args.workers)
-    ends = {(row["options"], int(row["n_agents"]), int(row["seed"])): row for row in rows}
-    at = [f"cost ratio after {EPISODES[0]}", *map(str, EPISODES[1:]), "at the end"]
-    head(
-        "actor",
-        "N",
-        "seeds",
-        "first at Best-Fit",
-        "stays there from",
-        *at,
-        "largest at the end",
-        "argmax",
-        "seconds",
-        "MiB",
-    )
+    groups = [guided(n) for n in SEEDS]
+    groups += [baseline(script, n) for script in ("mappo.py", "ippo.py") for n in BUDGETS]
+    groups += tuning()
+    found = sweep("scaling", [job for group in groups for job in group], args)
+    head("", "N", "changes", "seeds", "episodes until Best-Fit", "cost ratio at the end", "argmax", "after", "MiB")
     points = []
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for (_, n, options), seeds in sorted(curves(rows).items(), key=lambda item: (item[0][2], item[0][1])):
-        first, stays = ([reached(*seeds[seed], stays=stays) for seed in sorted(seeds)] for stays in (False, True))
-        ratios = np.array([ratios for _, ratios in seeds.values()])  # [seeds, episodes], one evaluation per episode
-        last = [row for (*of, _), row in ends.items() if of == [options, n]]
-        cells = [shown(ratios[:, k - 1]) for k in (*EPISODES, 0)] + [f"{ratios[:, -1].max():.2f}"]
-        cells.append(shown([row["argmax"] / row["best_fit"] for row in last]))
-        cells += [f"{np.median([row[name] for row in last]):.0f}" for name in ("seconds", "peak_mib")]
-        cells = [str(n), str(len(last)), counted(first), counted(stays), *cells]
-        print(f"| {'shared' if options == SHARED else 'own'} | {' | '.join(cells)} |")
-        if options == OWN:
+    for group in groups:
+        runs = [found[job] for job in group if job in found]
+        if not runs:
             continue
-        points += [(n, episode) for episode in first]
-        means = np.exp(np.log(ratios).mean(0))
-        axes.plot(1 + np.arange(len(means)), means, label=f"N = {n}", color=plt.cm.viridis(list(SEEDS).index(n) / 10))
-    points = np.array([point for point in points if not np.isnan(point[1])])
-    for least in (5, 2):  # the paper's sizes begin at 5
-        some = points[points[:, 0] >= least]
-        beta, error = slope(*some.T)
-        print(
-            f"slope of log(episodes until first at Best-Fit) over log(N) from N = {least} on: "
-            f"{beta:.3f} ± {error:.3f} (standard error, {len(some)} runs)"
-        )
-    axes.axhline(1, color="black", lw=0.8, ls=":")
-    axes.text(9.8, 1.01, "Best-Fit", ha="right", va="bottom")
-    axes.set(yscale="log", xscale="log", xlabel="episodes", ylabel="cost ratio R / R_best_fit", xlim=(1, 10))
-    axes.set_xticks((*EPISODES, 10), (*EPISODES, 10))
-    axes.set_yticks((0.5, 0.6, 0.7, 0.8, 1), ("0.5", "0.6", "0.7", "0.8", "1"))
-    axes.minorticks_off()
-    axes.set_title("DG-PG: geometric mean over seeds")
-    axes.legend(ncols=2, fontsize=8)
-    save(figure, "scaling")
+        script, n, _, options = group[0]
+        budget = runs[0][-1]["episodes"]
+        episodes = [first(rows) for rows in runs]
+        if script == "dgpg.py":
+            points += [(n, episode) for episode in episodes if episode > 0]
+        changes = options.partition("--eval-every ")[2].partition(" ")[2] or "none"
+        ends = shown(ratios(runs)), shown(ratios(runs, argmax=True))
+        memory = max(rows[-1]["peak_mib"] for rows in runs)
+        line(NAMES[script], n, changes, len(runs), until(episodes, budget), *ends, f"{budget:.0f}", f"{memory:.0f}")
+    if len({n for n, _ in points}) > 1:
+        beta, error = slope(*np.array(points).T)
+        print(f"DG-PG's episodes until Best-Fit: N^{beta:.3f} ± {error:.3f} (standard error, {len(points)} runs)")
+    if found:
+        draw(found)
 
 
 if __name__ == "__main__":

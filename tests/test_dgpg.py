@@ -1,27 +1,23 @@
-"""The algorithm: formulas by hand and by enumeration, learning, the command line and what it writes."""
+"""The algorithm: formulas by hand and by enumeration, what the loop makes of them, and learning."""
 
 import itertools
 import math
-import os
 import pathlib
-import runpy
-import shutil
-import subprocess
-import sys
-import time
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import analytic_model
 import dgpg
 import ippo
 import mappo
-from cloud_env import CloudEnv
-from dgpg import MLP, Args, ValueNorm, gae, guidance, train
+from cloud_env import CloudEnv, Scenario
+from dgpg import Args, gae, guidance, train
 
-ROOT = pathlib.Path(dgpg.__file__).parent
 TINY = dict(n_agents=3, episodes=2, rounds=10, load=2.0, eval_every=1, update_epochs=2, num_minibatches=3, num_steps=10)
+SCRIPTS = pytest.mark.parametrize("script", [dgpg, mappo, ippo])
 
 
 @pytest.fixture(autouse=True)
@@ -29,25 +25,24 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def scalars():
-    """Every scalar of the only run under runs/: {tag: [(step, value), ...]}."""
-    (run,) = pathlib.Path("runs").iterdir()
-    events = EventAccumulator(str(run)).Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+def events(name="*"):
+    """What TensorBoard reads of the only run of that name."""
+    (run,) = pathlib.Path("runs").glob(f"{name}__n*")
+    return EventAccumulator(str(run)).Reload()
 
 
-def unevaluated(env, policy):
-    """In place of `evaluate`."""
-    env.reset(seed=10**12)
-    return -1.0
+def scalars(name="*"):
+    """Every scalar of the only run of that name: {tag: [(step, value), ...]}."""
+    read = events(name)
+    return {tag: [(event.step, event.value) for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
 
 
 def random_influence(agents, actions, components, seed):
-    """z [1, N, K, J, R] and touched [1, N, K, J], J = 3: alternatives share components, rows repeat one or pad."""
+    """z [1, N, K, J, R] and touched [1, N, K, J], J = 3: alternatives share components, and one is padded."""
     rng = torch.Generator().manual_seed(seed)
     z = torch.randn(1, agents, actions, 3, 2, generator=rng, dtype=torch.float64)
-    touched = torch.randint(components, (1, agents, actions, 3), generator=rng)
-    touched[0, 0, 0, 1] = touched[0, 0, 0, 0]  # a repeated component
+    rows = [torch.randperm(components, generator=rng)[:3] for _ in range(agents * actions)]
+    touched = torch.stack(rows).view(1, agents, actions, 3)
     touched[0, 1, 0] = touched[0, 1, 1]  # two alternatives on the same components
     touched[0, 2, 1, 2], z[0, 2, 1, 2] = touched[0, 2, 1, 0], 0  # padding
     return z, touched
@@ -61,32 +56,31 @@ def dense(z, touched, components):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_what_the_guidance_descends_by_enumeration(seed):
-    """E[g_i ∇log π_i] over all joint actions is ∇E[d + ½ Σ_i ‖z_i‖²]; so is E[Σ_a π_i(a) g_i(a) ∇log π_i(a)], the
-    expectation over the own action, which has less variance."""
-    N, K, M = 3, 3, 4
+    """E[g_i ∇log π_i] over all joint actions is ∇E[d + ½ Σ_i ‖z_i‖²], less a baseline or not; so is the expectation
+    over the own action, E[Σ_a π_i(a) g_i(a) ∇log π_i(a)], which has less variance."""
+    N, K, M = 3, 3, 5
     z, touched = random_influence(N, K, M, seed)
     influence = dense(z, touched, M)
     x_before, x_ref = torch.rand(2, 1, M, 2, dtype=torch.float64)
     logits = torch.randn(N, K, dtype=torch.float64).requires_grad_()
     probs = logits.softmax(-1)
     score = torch.eye(K, dtype=torch.float64) - probs.detach().unsqueeze(1)  # ∇_logits log π_i(a) [N, K of a, K]
-    potential, gradients, squares = 0, {"sampled": 0, "centred": 0, "expectation": 0}, {}
+    potential, gradients, squares = 0, {"paper": 0, "sampled": 0, "expectation": 0}, {}
     for joint in itertools.product(range(K), repeat=N):
-        actions = torch.tensor(joint).unsqueeze(-1)
+        actions = torch.tensor(joint)
         own = torch.stack([influence[0, i, a] for i, a in enumerate(joint)])  # [N, M, R]
         x = x_before + own.sum(0)
         weight = torch.stack([probs[i, a] for i, a in enumerate(joint)]).prod()
         potential = potential + weight * 0.5 * ((x - x_ref).square().sum() + own.square().sum())
-        of_action = guidance(x, x_ref, z, touched, actions)
-        assert of_action.shape == (N, 1, K)
-        of_action, weight = of_action.squeeze(1), weight.detach()
-        g, own_score = of_action.gather(1, actions), score[torch.arange(N), actions[:, 0]]
+        (of_action,) = guidance(x, x_ref, z, touched, actions.unsqueeze(0))  # [N, K]
+        weight = weight.detach()
+        g = of_action.gather(1, actions.unsqueeze(1))
         torch.testing.assert_close(g.squeeze(1), ((x - x_ref) * own).sum((-2, -1)), rtol=1e-12, atol=1e-12)
+        own_score = score[torch.arange(N), actions]
         mean = (probs.detach() * of_action).sum(1, keepdim=True)
         every = (probs.detach() * (of_action - mean)).unsqueeze(-1) * score  # [N, K of a, K]
-        for name, sample in dict(
-            sampled=g * own_score, centred=(g - mean) * own_score, expectation=every.sum(1)
-        ).items():
+        samples = dict(paper=g * own_score, sampled=(g - mean) * own_score, expectation=every.sum(1))
+        for name, sample in samples.items():
             gradients[name] = gradients[name] + weight * sample
             squares[name] = squares.get(name, 0) + weight * sample.square().sum()
     (expected,) = torch.autograd.grad(potential, logits)
@@ -94,409 +88,317 @@ def test_what_the_guidance_descends_by_enumeration(seed):
         torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
     assert expected.abs().min() > 1e-6  # a gradient worth leaving unchanged
     # all have the same mean, so that the squares' order is that of the variances
-    assert squares["expectation"] < 0.9 * min(squares["sampled"], squares["centred"])
+    assert squares["expectation"] < 0.9 * min(squares["paper"], squares["sampled"])
 
 
 def test_guidance_by_hand():
     """One agent, two servers, two states."""
-    touched, actions = torch.tensor([[[[0], [1]]]]).expand(2, 1, 2, 1), torch.tensor([[0, 1]])
+    touched, actions = torch.tensor([[[[0], [1]]]]).expand(2, 1, 2, 1), torch.tensor([[0], [1]])
     z = torch.tensor([[[[[0.5, 0.0]], [[0.25, 0.0]]]], [[[[0.5, 0.0]], [[1.0, 0.0]]]]])
     x = torch.tensor([[[1.5, 0.0], [0.25, 0.0]], [[0.0, 0.0], [2.0, 0.0]]])
     x_ref = torch.full((2, 2, 2), 0.5)
     x_ref[..., 1] = 0.0
     # state 0: g(0) = (1.5 − 0.5)·0.5 = 0.5, g(1) = (0.25 + 0.25 − 0.5)·0.25 = 0
     # state 1: g(0) = (0 + 0.5 − 0.5)·0.5 = 0, g(1) = (2 − 0.5)·1 = 1.5
-    torch.testing.assert_close(guidance(x, x_ref, z, touched, actions), torch.tensor([[[0.5, 0.0], [0.0, 1.5]]]))
+    torch.testing.assert_close(guidance(x, x_ref, z, touched, actions), torch.tensor([[[0.5, 0.0]], [[0.0, 1.5]]]))
 
 
 def test_guidance_on_a_shared_link_by_hand():
-    """Two routes that share link 0, and one of them lists it twice, with half of its influence each time."""
-    touched = torch.tensor([[[[0, 1, 1], [0, 0, 2]]]])
-    z = torch.tensor([[[[[1.0], [2.0], [0.0]], [[0.5], [0.5], [3.0]]]]])
-    x, x_ref = torch.tensor([[[5.0], [7.0], [1.0]]]), torch.tensor([[[1.0], [1.0], [1.0]]])
-    # route 0 taken: g(0) = 4·1 + 6·2 = 16; instead route 1: link 0 as it was, link 2 at 1 + 3: g(1) = 4·1 + 3·3 = 13
-    torch.testing.assert_close(guidance(x, x_ref, z, touched, torch.tensor([[0]])), torch.tensor([[[16.0, 13.0]]]))
-    # route 1 taken: g(1) = 4·1 + 0·3 = 4; instead route 0: link 1 at 7 + 2: g(0) = 4·1 + 8·2 = 20
-    torch.testing.assert_close(guidance(x, x_ref, z, touched, torch.tensor([[1]])), torch.tensor([[[20.0, 4.0]]]))
+    """Two routes that share link 0: the second is shorter, and padded."""
+    touched = torch.tensor([[[[0, 1], [0, 0]]]])
+    z = torch.tensor([[[[[1.0], [2.0]], [[3.0], [0.0]]]]])
+    x, x_ref = torch.tensor([[[5.0], [7.0]]]), torch.tensor([[[1.0], [1.0]]])
+    # route 0 taken: g(0) = 4·1 + 6·2 = 16; instead route 1: link 0 at 5 − 1 + 3: g(1) = 6·3 = 18
+    torch.testing.assert_close(guidance(x, x_ref, z, touched, torch.tensor([[0]])), torch.tensor([[[16.0, 18.0]]]))
+    # route 1 taken: g(1) = 4·3 = 12; instead route 0: link 0 at 5 − 3 + 1, link 1 at 7 + 2: g(0) = 2·1 + 8·2 = 18
+    torch.testing.assert_close(guidance(x, x_ref, z, touched, torch.tensor([[1]])), torch.tensor([[[18.0, 12.0]]]))
 
 
-@pytest.mark.parametrize("wrong", ["x", "x_ref", "z", "touched", "actions"])
-def test_guidance_names_the_shapes_that_do_not_fit(wrong):
+@pytest.mark.parametrize("wrong", ["x", "touched", "actions"])
+def test_guidance_refuses_shapes_that_do_not_fit(wrong):
     z, touched = random_influence(3, 3, 4, 0)
     x = torch.zeros(1, 4, 2)
-    given = dict(x=x, x_ref=x, z=z, touched=touched, actions=torch.zeros(3, 1, dtype=torch.long))
-    assert guidance(**given).shape == (3, 1, 3)
-    given[wrong] = given[wrong][..., :-1, :] if wrong in ("z", "touched") else given[wrong][:, :-1]
-    if wrong == "actions":
-        given[wrong] = torch.zeros(1, 3, dtype=torch.long)
-    with pytest.raises(AssertionError, match=rf"{wrong}.shape=torch.Size"):
+    given = dict(x=x, x_ref=x, z=z, touched=touched, actions=torch.zeros(1, 3, dtype=torch.long))
+    assert guidance(**given).shape == (1, 3, 3)
+    given[wrong] = given[wrong][..., :-1] if wrong == "touched" else given[wrong][:, :-1]
+    with pytest.raises(AssertionError):
         guidance(**given)
 
 
-@pytest.mark.parametrize("number", [-1, 4])
-def test_guidance_refuses_numbers_of_no_component(number):
-    z, touched = random_influence(3, 3, 4, 0)
-    touched[0, 1, 2, 0] = number
-    with pytest.raises(AssertionError, match="numbers of the 4 components"):
-        guidance(torch.zeros(1, 4, 2), torch.zeros(1, 4, 2), z, touched, torch.zeros(3, 1, dtype=torch.long))
-
-
 def test_gae_bootstraps_from_the_truncated_state_by_hand():
-    rewards, values = torch.tensor([[1.0], [2.0]]), torch.tensor([[[0.5], [1.0], [4.0]]])
+    rewards, values = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.5], [1.0], [4.0]])
     # γ = 0.5, λ = 0.5: δ_1 = 2 + 0.5·4 − 1 = 3, δ_0 = 1 + 0.5·1 − 0.5 = 1, Â_0 = 1 + 0.25·3
-    torch.testing.assert_close(gae(rewards, values, 0.5, 0.5), torch.tensor([[[1.75], [3.0]]]))
+    torch.testing.assert_close(gae(rewards, values, 0.5, 0.5), torch.tensor([[1.75], [3.0]]))
 
 
-def test_gae_is_the_double_sum_of_discounted_errors():
+@pytest.mark.parametrize("shape", [(3,), (3, 2)])
+def test_gae_is_the_double_sum_of_discounted_errors(shape):
+    """Of values per environment, and of values per environment and agent under one reward."""
     torch.manual_seed(0)
-    rewards, values, gamma, lam = torch.randn(6, 3), torch.randn(2, 7, 3), 0.9, 0.7
-    expected = torch.zeros(2, 6, 3)
-    for t in range(6):
-        for k in range(t, 6):
-            expected[:, t] += (gamma * lam) ** (k - t) * (rewards[k] + gamma * values[:, k + 1] - values[:, k])
+    rewards, values, gamma, lam = torch.randn(6, 3, *[1] * (len(shape) - 1)), torch.randn(7, *shape), 0.9, 0.7
+    expected = torch.zeros(6, *shape)
+    for t, k in itertools.product(range(6), repeat=2):
+        if k >= t:
+            expected[t] += (gamma * lam) ** (k - t) * (rewards[k] + gamma * values[k + 1] - values[k])
     torch.testing.assert_close(gae(rewards, values, gamma, lam), expected)
 
 
-def test_value_norm_is_the_weighted_mean_and_deviation():
+def test_networks_are_orthogonal_and_give_a_number_for_each_row():
     torch.manual_seed(0)
-    norm, batches = ValueNorm(beta=0.5), [torch.randn(1, 8, 2) * 3 - 5 for _ in range(3)]
-    assert [float(value) for value in norm.mean_std()] == [0, 1]  # before any return
-    for batch in batches:
-        norm.update(batch)
-    weights = torch.tensor([0.25, 0.5, 1.0]).repeat_interleave(16) / 16 / 1.75
-    every = torch.cat([batch.flatten() for batch in batches])
-    mean = (weights * every).sum()
-    torch.testing.assert_close(
-        norm.mean_std(), (mean, (weights * (every - mean) ** 2).sum().sqrt()), rtol=1e-4, atol=1e-5
-    )
+    net, x = dgpg.network(4, 8, 0.01), torch.randn(3, 5, 2, 4)
+    assert net(x).shape == (3, 5, 2)
+    torch.testing.assert_close(net(x)[2, 1], net(x[2, 1]))
+    hidden, last = net[2].weight, net[4].weight
+    torch.testing.assert_close(hidden @ hidden.T, 2 * torch.eye(8), rtol=1e-5, atol=1e-5)  # gain √2
+    assert last.norm().item() == pytest.approx(0.01) and not any(net[k].bias.any() for k in (0, 2, 4))
 
 
-def test_stacked_networks_are_separate_networks():
-    torch.manual_seed(0)
-    stack, x = MLP(3, 4, 8, 0.5), torch.randn(3, 5, 2, 4)
-    for n in range(3):
-        layers = [torch.nn.Linear(*weight.shape[1:]) for weight in stack.weights]
-        for layer, weight, bias in zip(layers, stack.weights, stack.biases):
-            layer.weight.data, layer.bias.data = weight.data[n].T, bias.data[n, 0]
-        one = torch.nn.Sequential(layers[0], torch.nn.ReLU(), layers[1], torch.nn.ReLU(), layers[2])
-        torch.testing.assert_close(stack(x)[n], one(x[n]).squeeze(-1))
-    single = MLP(1, 4, 8, 0.5)
-    torch.testing.assert_close(single(x)[2], single(x[2:]).squeeze(0))  # one network for any number of agents
-    assert not torch.equal(stack.weights[0][0], stack.weights[0][1])
-    torch.testing.assert_close(
-        stack.weights[1][0] @ stack.weights[1][0].T, 2 * torch.eye(8), rtol=1e-5, atol=1e-5
-    )  # orthogonal, gain √2
-    with pytest.raises(AssertionError):
-        stack(torch.randn(2, 5, 4))
+class Toy:
+    """Two agents, three actions each, one component per action, two environments; everything at random, and recorded.
+
+    `seen` lists what the training was given, round by round. The reward depends on the actions.
+    """
+
+    rounds, constants = 4, {"half": np.array(0.5)}
+    seen = []
+
+    def __init__(self, num_envs):
+        self.num_envs = num_envs
+
+    def observe(self, **played):
+        self.obs = self.rng.normal(size=(self.num_envs, 2, 3, 2)).astype(np.float32)
+        self.state = self.rng.normal(size=(self.num_envs, 5)).astype(np.float32)
+        return self.obs, {"state": self.state, "played": played}
+
+    def reset(self, seed):
+        self.rng, self.t = np.random.default_rng(seed), 0
+        return self.observe()
+
+    def step(self, actions):
+        E = self.num_envs
+        x = self.rng.uniform(size=(E, 3, 1)) + (actions[..., None] == np.arange(3)).sum(1)[..., None]
+        reward = -1 - actions.sum(1) * self.rng.uniform(size=E)
+        z = 1 + self.rng.uniform(size=(E, 2, 3, 1, 1))
+        if E == 2:  # training
+            self.seen.append(dict(obs=self.obs, state=self.state, actions=actions.copy(), reward=reward, x=x, z=z))
+        self.t += 1
+        obs, info = self.observe(x=x, z=z)
+        done = np.full(E, self.t == self.rounds)
+        if E == 2:
+            self.seen[-1]["next_state"] = self.state
+            self.seen[-1]["next_obs"] = obs
+        actions[...] = 0  # an environment may write into its actions
+        return obs, reward, ~done & done, done, info
+
+    def heuristic(self):
+        return np.zeros((self.num_envs, 2), dtype=int)
+
+    @staticmethod
+    def reference_state(z, half):
+        return half.expand(len(z), 3, 1)
+
+    @staticmethod
+    def local_influence(z, half):
+        return z, torch.arange(3).view(1, 1, 3, 1).expand(len(z), 2, 3, 1)
 
 
-def test_each_network_is_clipped_by_its_own_norm():
-    """As if every network of the stack were alone with the mean over its own samples: no outlier scales others down."""
-    torch.manual_seed(0)
-    stack, x, scale = MLP(3, 4, 8, 0.5), torch.randn(3, 5, 4), torch.tensor([[1e-3], [1.0], [1e6]])
-    (scale * stack(x)).mean().backward()
-    stack.clip_grad(0.5)
-    norms = []
-    for n in range(3):
-        alone = MLP(1, 4, 8, 0.5)
-        for weight, of_all in zip(alone.parameters(), stack.parameters()):
-            weight.data = of_all.data[n : n + 1].clone()
-        (scale[n] * alone(x[n : n + 1])).mean().backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.5).item())
-        for weight, of_all in zip(alone.parameters(), stack.parameters()):
-            torch.testing.assert_close(of_all.grad[n : n + 1], weight.grad, rtol=1e-5, atol=1e-9)
-    assert norms[0] < 0.5 < norms[1] < norms[2]
+def toy(args, num_envs, held_out=False):
+    return Toy(3 if held_out else num_envs)
 
 
-@pytest.mark.parametrize("share_parameters, minibatch_agents", [(True, 50), (True, 2), (False, 2)])
-@pytest.mark.parametrize("expectation", [True, False])
-def test_the_loss_is_that_of_the_mixed_advantage(monkeypatch, share_parameters, minibatch_agents, expectation):
-    """Σ_a L(ρ(a), (1−α) 1[a drawn] Â − α w(a) ĝ(a)), L the clipped surrogate loss, w = π_old or 1 for the action that
-    was drawn, computed again from what the loop's own functions returned. The first minibatch's policy is the one that
-    acted, so that its ratios are 1."""
-    torch.save({"actor": MLP(1 if share_parameters else 9, 7, 32, 3.0).state_dict()}, "decided.pt")
-    perms, gaes, guided, given, losses, drawn = [], [], [], [], [], []
-    randperm, maximum = torch.randperm, torch.max
+def seen_in_training():
+    """What the toy has recorded, as tensors [T, E, ...] by name."""
+    rounds = {name: torch.tensor(np.stack([step[name] for step in Toy.seen])) for name in Toy.seen[0]}
+    return {name: value.float() if value.is_floating_point() else value for name, value in rounds.items()}
 
-    class Recorded(torch.distributions.Categorical):
-        def sample(self):
-            drawn.append((self.probs, super().sample()))
-            return drawn[-1][1]
 
-    monkeypatch.setattr(dgpg, "Categorical", Recorded)
-    monkeypatch.setattr(torch, "randperm", lambda n: perms.append(randperm(n)) or perms[-1])
-    monkeypatch.setattr(torch, "max", lambda *args: losses.append(args) or maximum(*args))
-    monkeypatch.setattr(dgpg, "gae", lambda *args: gaes.append(gae(*args)) or gaes[-1])
-    monkeypatch.setattr(
-        dgpg, "guidance", lambda *args: given.append(args) or guided.append(guidance(*args)) or guided[-1]
-    )
-    monkeypatch.setattr(dgpg, "evaluate", unevaluated)
-    options = dict(n_agents=9, num_envs=2, share_parameters=share_parameters, minibatch_agents=minibatch_agents)
-    options |= dict(alpha_start=0.3, own_action_expectation=expectation, init_actor="decided.pt", clip_coef=0.3)
-    train(Args(**{**TINY, "update_epochs": 4, "learning_rate": 0.03, **options}))
+def one_update(script, **options):
+    """Actor and critic before an update of one minibatch and epoch, the checkpoint after it, and what it was given."""
+    Toy.seen.clear()
+    options = dict(num_envs=2, num_steps=4, num_minibatches=1, update_epochs=1, rounds=4) | options
+    system = (toy, Toy) if script is dgpg else (toy,)
+    script.train(script.Args(**options, episodes=2, exp_name="one"), *system)
+    (run,) = pathlib.Path("runs").glob("one__*")
+    torch.manual_seed(1)  # the weights that it began with
+    critic_inputs = 6 if script is ippo else 5
+    nets = script.network(2, 32, 0.01), script.network(critic_inputs, 64, 1.0)
+    return nets, torch.load(run / "checkpoint.pt", weights_only=True), seen_in_training()
 
-    probs, actions = (torch.stack(part, 1).flatten(1, 2) for part in zip(*drawn))  # [N, B, K] and [N, B], B = 10 · 2
-    (advantages,), (g,) = gaes, guided
-    advantages = 0.7 * ((advantages - advantages.mean()) / advantages.var(correction=0).sqrt()).reshape(1, 20)
-    taken = torch.nn.functional.one_hot(actions, g.shape[-1])
-    if expectation:
-        g = g - (probs * g).sum(-1, keepdim=True)
-        spread = (probs * g**2).sum(-1).mean().sqrt()
-        g = 0.3 * probs * g / spread
+
+def first_adam_step(net, saved, loss, rate, max_norm=0.5):
+    """The first step of Adam along the clipped gradient of `loss`, as the weights that it must lead to."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(net.parameters(), max_norm)
+    for name, weight in net.named_parameters():
+        step = rate * weight.grad / (weight.grad.abs() + 1e-5)
+        clear = weight.grad.abs() > 1e-5  # not a rounding error
+        torch.testing.assert_close(saved[name][clear], (weight - step).detach()[clear], rtol=1e-4, atol=3e-5)
+        assert clear.any() or name == "4.bias"  # the same for all actions: it moves no probability
+
+
+@pytest.mark.parametrize("form", ["expectation", "sampled", "mappo", "ippo"])
+def test_one_update_follows_the_gradient_of_the_formulas(form):
+    """The actor's and the critic's weights after it, computed again from what the environment saw.
+
+    At ρ = 1 the gradient of the clipped loss is that of −Σ_a ρ(a) A(a) with A(a) = (1−α) 1[a drawn] Â − α w(a) ĝ(a).
+    """
+    script = dict(mappo=mappo, ippo=ippo).get(form, dgpg)
+    options = dict(learning_rate=0.01)
+    if script is dgpg:
+        options |= dict(alpha_start=0.3, own_action_expectation=form == "expectation", ent_coef=0.02)
+    (actor, critic), saved, seen = one_update(script, **options)
+    actions = seen["actions"]  # [T, E, N]
+    states = torch.cat([seen["state"], seen["next_state"][-1:]])
+    rewards = seen["reward"]
+    if script is ippo:
+        states, rewards = torch.cat([seen["obs"], seen["next_obs"][-1:]]).flatten(-2), rewards.unsqueeze(-1)
+    values = critic(states).detach()
+    advantages = gae(rewards, values, 0.97, 0.9)
+    returns = advantages + values[:-1]
+    targets = (returns - returns.mean()) / returns.std(correction=0)
+    value_loss = torch.nn.functional.huber_loss(critic(states[:-1]), targets, delta=10.0)
+    first_adam_step(critic, saved["critic"], value_loss, 0.01)
+
+    logprobs = actor(seen["obs"]).log_softmax(-1)  # [T, E, N, K]
+    old = logprobs.detach()
+    taken = torch.nn.functional.one_hot(actions, 3)
+    standard = (advantages - advantages.mean()) / advantages.std(correction=0)
+    standard = standard.view(4, 2, -1, 1)  # per agent in IPPO
+    if script is dgpg:
+        flat = {name: value.flatten(0, 1) for name, value in seen.items()}
+        z, touched = Toy.local_influence(flat["z"], None)
+        g = guidance(flat["x"], torch.full((8, 3, 1), 0.5), z, touched, flat["actions"]).view(4, 2, 2, 3)
+        g = g - (old.exp() * g).sum(-1, keepdim=True)
+        weight = old.exp() if form == "expectation" else taken
+        spread = (weight * g**2).sum(-1).mean().sqrt()
+        mixed = 0.7 * taken * standard - 0.3 * weight * g / spread
+        assert scalars("one")["guidance/g_std"][0][1] == pytest.approx(spread.item(), rel=1e-4)
+        distance = (seen["x"] - 0.5).square().sum((-2, -1)).mean().item() / 2
+        assert scalars("one")["guidance/deviation"][0][1] == pytest.approx(distance, rel=1e-4)
     else:
-        of_taken = (taken * g).sum(-1)
-        spread = of_taken.var(correction=0).sqrt()
-        g = 0.3 * taken * ((of_taken - of_taken.mean()) / spread).unsqueeze(-1)
-    advantages = taken * advantages.unsqueeze(-1) - g  # [N, B, K]
-    batches = []  # the states and agents of every minibatch
-    for epoch in range(4):
-        states = perms.pop(0).tensor_split(3)
-        batches += [(part, perms.pop(0)[:minibatch_agents] if share_parameters else torch.arange(9)) for part in states]
-    policy_losses, kls, outside = [], [], []
-    for k, (states, agents) in enumerate(batches):
-        unclipped, clipped = losses[k]
-        advantage, old = advantages[agents][:, states], probs[agents][:, states]
-        assert expectation or ((advantage != 0).sum(-1) == 1).all()  # of the action taken alone
-        ratio = torch.where(advantage != 0, -unclipped / advantage, 1.0)  # of every own action
-        torch.testing.assert_close(clipped, -advantage * ratio.clamp(0.7, 1.3), rtol=1e-3, atol=1e-4)
-        policy_losses.append(maximum(-ratio * advantage, -ratio.clamp(0.7, 1.3) * advantage).sum(-1).mean().item())
-        kls.append((old * (ratio - 1 - ratio.log())).sum(-1).mean().item())
-        outside.append((old * ((ratio - 1).abs() > 0.3)).sum(-1).mean().item())
-        if k == 0:
-            torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=1e-3, atol=1e-3)
-    assert sum(outside) and len(losses) == len(batches)
-    if not expectation:  # then the ratios of the actions not taken are not seen here
-        kls, outside = None, None
-    logged = {tag: points[0][1] for tag, points in scalars().items()}
-    for tag, values in (("policy_loss", policy_losses), ("approx_kl", kls), ("clipfrac", outside)):
-        assert values is None or logged[f"losses/{tag}"] == pytest.approx(sum(values) / 12, rel=1e-2), tag
-    x, x_ref = given[0][:2]
-    assert logged["guidance/deviation"] == pytest.approx(((x - x_ref) ** 2).sum().item() / 2 / 20, rel=1e-4)
-    assert logged["guidance/g_std"] == pytest.approx(spread.item(), rel=1e-4)
+        mixed = taken * standard
+    ratio = (logprobs - old).exp()
+    entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
+    weight_of_entropy = options.get("ent_coef", 0.01)
+    policy_loss = -(ratio * mixed).sum(-1).mean()
+    first_adam_step(actor, saved["actor"], policy_loss - weight_of_entropy * entropy, 0.01)
+    logged = scalars("one")
+    for tag, value in dict(value_loss=value_loss, entropy=entropy, policy_loss=policy_loss).items():
+        assert logged[f"losses/{tag}"][0][1] == pytest.approx(value.item(), rel=1e-3, abs=1e-6), tag
+    assert logged["charts/episodic_return"] == [(2, pytest.approx(seen["reward"].sum(0).mean().item(), rel=1e-5))]
+    explained = 1 - advantages.var(correction=0) / returns.var(correction=0)
+    assert logged["losses/explained_variance"][0][1] == pytest.approx(explained.item(), rel=1e-3, abs=1e-5)
+
+
+@SCRIPTS
+def test_ratios_are_clipped(script):
+    """With a clip range of 0 a second epoch moves no probability that already moved as its advantage asks; with none
+    the same epochs go on. The logged fraction says so."""
+    moved, outside = {}, {}
+    for clip in (0.0, 1e3):
+        options = dict(num_envs=2, num_steps=4, rounds=4, episodes=2, num_minibatches=1, update_epochs=30)
+        system = (toy, Toy) if script is dgpg else (toy,)
+        script.train(script.Args(**options, learning_rate=0.01, clip_coef=clip, exp_name=str(clip)), *system)
+        logged = scalars(str(clip))
+        moved[clip], outside[clip] = (logged[f"losses/{name}"][0][1] for name in ("approx_kl", "clipfrac"))
+    assert 0 < moved[0.0] < 0.5 * moved[1e3]
+    assert outside[0.0] > 0.9 and outside[1e3] == 0
+
+
+def test_values_are_in_the_rewards_units_and_the_targets_standard_scores():
+    """Running sums of R and R², the first update with weight 1, later ones 0.1 of what was there."""
+    sums, batches = torch.tensor([1e-8, 0, 1e-8]), [torch.randn(8, 2) * 3 - 5 for _ in range(3)]
+    assert [float(value) for value in dgpg.mean_std(sums)] == pytest.approx([0, 1])
+    Toy.seen.clear()
+    train(Args(num_envs=2, num_steps=2, rounds=4, episodes=2, learning_rate=0.0, exp_name="norm"), toy, Toy)
+    (run,) = pathlib.Path("runs").glob("norm__*")
+    critic = torch.load(run / "checkpoint.pt", weights_only=True)["critic"]
+    sums, weights, seen = critic.pop("sums"), dgpg.network(5, 64, 1.0), seen_in_training()
+    weights.load_state_dict(critic)
+    every = []  # the returns of both updates: the second one's values are scaled by the first one's returns
+    mean, std = torch.tensor(0.0), torch.tensor(1.0)
+    for part in (slice(0, 2), slice(2, 4)):
+        states = torch.cat([seen["state"][part], seen["next_state"][part][-1:]])
+        values = weights(states).detach() * std + mean
+        every.append((gae(seen["reward"][part], values, 0.97, 0.9) + values[:-1]).flatten())
+        mean, std = every[0].mean(), every[0].std(correction=0).clamp(min=0.01)
+    shares = torch.tensor([0.9, 1.0]) / 1.9
+    mean = shares[0] * every[0].mean() + shares[1] * every[1].mean()
+    square = shares[0] * (every[0] ** 2).mean() + shares[1] * (every[1] ** 2).mean()
+    torch.testing.assert_close(torch.stack(dgpg.mean_std(sums)), torch.stack([mean, (square - mean**2).sqrt()]))
+
+
+def test_a_minibatch_has_some_states_and_some_agents(monkeypatch):
+    """Every epoch goes through all states once; the agents are drawn anew for each minibatch."""
+    batches = []
+
+    class Recorded(torch.nn.Sequential):
+        def forward(self, x):
+            if x.ndim == 4 and torch.is_grad_enabled():
+                batches.append(x.detach())
+            return super().forward(x)
+
+    network = dgpg.network
+    monkeypatch.setattr(dgpg, "network", lambda *size: Recorded(*network(*size)))
+    Toy.seen.clear()
+    options = dict(num_envs=2, num_steps=3, rounds=4, episodes=2, num_minibatches=3, update_epochs=2)
+    train(Args(**options, minibatch_agents=1), toy, Toy)
+    # rounds 0 to 2 are six states, in three minibatches; the last round is a batch of its own: two states, two of them
+    assert [len(batch) for batch in batches] == [2, 2, 2] * 2 + [1, 1] * 2
+    obs = seen_in_training()["obs"].flatten(0, 1)  # [T E, N, K, F]
+    found = [[(obs == row).all((-2, -1)).nonzero().tolist() for row in batch[:, 0]] for batch in batches]
+    states = [[where[0][0] for where in batch] for batch in found]
+    for epoch in (slice(0, 3), slice(3, 6), slice(6, 8), slice(8, 10)):
+        drawn = sum(states[epoch], [])
+        assert sorted(drawn) == list(range(6)) if epoch.stop <= 6 else sorted(drawn) == [6, 7]
+    assert {where[0][1] for batch in found for where in batch} == {0, 1}
+
+
+@pytest.mark.parametrize("rounds", [1, 7, 10])
+@SCRIPTS
+def test_any_number_of_rounds_is_trained_on(script, rounds):
+    """The last batch may be shorter than the others, down to one state."""
+    args = script.Args(**{**TINY, "rounds": rounds, "num_steps": 3, "num_envs": 1})
+    assert math.isfinite(script.train(args)["return"])
+    assert all(math.isfinite(value) for points in scalars().values() for _, value in points)
 
 
 def test_actions_that_were_all_but_impossible_do_not_break_the_loss():
     """With π_old(a) = 0 in single precision ρ(a) may be infinite after a step; its weight is 0."""
-    torch.save({"actor": MLP(1, 7, 32, 3000.0).state_dict()}, "decided.pt")
+    save_actor(3000.0)
     train(Args(**{**TINY, "n_agents": 9, "learning_rate": 0.1, "update_epochs": 8}, init_actor="decided.pt"))
     assert all(math.isfinite(value) for _, value in scalars()["losses/policy_loss"])
 
 
-@pytest.mark.parametrize("script", [dgpg, mappo, ippo])
-def test_an_update_takes_the_next_rounds_and_the_environments_go_on(monkeypatch, script):
-    """With 5 rounds per update an episode of 10 has two updates and one reset; the first one bootstraps from the state
-    that the second one begins with."""
-    calls, reset, seeds = [], CloudEnv.reset, []
-    monkeypatch.setattr(script, "gae", lambda *args: calls.append(args) or gae(*args))
-    monkeypatch.setattr(CloudEnv, "reset", lambda env, seed: seeds.append(seed) or reset(env, seed))
-    monkeypatch.setattr(script, "evaluate", unevaluated)
-    options = dict(TINY, num_envs=1, seed=2, learning_rate=0.0)
-    script.train(script.Args(**{**options, "num_steps": 5}))
-    assert [seed for seed in seeds if seed < 10**12] == [0, 2_000_000, 2_000_001]  # the first one is for the shapes
-    values, norm = [], ValueNorm()
-    for rewards, value, gamma, gae_lambda in calls:  # back to the critic's own units
-        mean, std = norm.mean_std()
-        values.append((value - mean) / std)
-        norm.update(gae(rewards, value, gamma, gae_lambda) + value[..., :-1, :])
-    assert [len(rewards) for rewards, *_ in calls] == [5] * 4 and [v.shape[-2] for v in values] == [6] * 4
-    for first in (0, 2):
-        torch.testing.assert_close(values[first][..., -1, :], values[first + 1][..., 0, :], rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(values[1][..., -1, :], values[2][..., 0, :], rtol=1e-3)
-    advantages, explained, logged = [gae(*args) for args in calls], [], scalars()  # over the whole episode
-    for (_, value, *_), advantage in zip(calls, advantages):
-        explained.append(1 - advantage.var(correction=0) / (advantage + value[..., :-1, :]).var(correction=0))
-    for k in range(2):
-        rewards = calls[2 * k][0].sum() + calls[2 * k + 1][0].sum()
-        assert logged["charts/episodic_return"][k] == (k + 1, pytest.approx(rewards.item(), rel=1e-5))
-        mean = (explained[2 * k] + explained[2 * k + 1]).item() / 2
-        assert logged["losses/explained_variance"][k] == (k + 1, pytest.approx(mean, rel=1e-4))
+def save_actor(gain):
+    """A checkpoint, decided.pt, of an actor of the cloud with outputs of this size."""
+    actor = dgpg.network(7, 32, gain)
+    torch.save({"actor": actor.state_dict(), "system": "CloudEnv"}, "decided.pt")
+    return actor
 
 
-def test_what_the_critic_and_the_guidance_are_given(monkeypatch):
-    """Two environments, so that an order of states as (E, T) instead of (T, E) is another one. The critic's states, the
-    one after the last round included, its targets and their weight, and the x of every state, as the environment gave
-    them."""
-    states, xs, given, regressed, perms, gradients = [], [], {}, [], [], []
-    reset, step, randperm, huber = CloudEnv.reset, CloudEnv.step, torch.randperm, torch.nn.functional.huber_loss
-
-    def record(env, obs, *rest):
-        if env.num_envs == 2:
-            states.append(torch.tensor(rest[-1]["state"]))
-            if rest[-1]["played"]:
-                xs.append(torch.tensor(rest[-1]["played"]["x"]).float())
-        return obs, *rest
-
-    def critic_loss(values, targets, **options):
-        regressed.append((values.detach(), targets))
-        values.register_hook(lambda gradient: gradients.append(gradient))
-        return huber(values, targets, **options)
-
-    monkeypatch.setattr(CloudEnv, "reset", lambda env, seed: record(env, *reset(env, seed)))
-    monkeypatch.setattr(CloudEnv, "step", lambda env, actions: record(env, *step(env, actions)))
-    monkeypatch.setattr(torch, "randperm", lambda n: perms.append(randperm(n)) or perms[-1])
-    monkeypatch.setattr(torch.nn.functional, "huber_loss", critic_loss)
-    monkeypatch.setattr(dgpg, "gae", lambda *args: given.update(gae=args, advantages=gae(*args)) or given["advantages"])
-    monkeypatch.setattr(dgpg, "guidance", lambda *args: given.update(guidance=args) or guidance(*args))
-    monkeypatch.setattr(dgpg, "evaluate", unevaluated)
-    critics, init = [], MLP.__init__
-    monkeypatch.setattr(MLP, "__init__", lambda net, *args, **gain: init(net, *args, **gain) or critics.append(net))
-    train(Args(**TINY, num_envs=2, learning_rate=0.0))  # the critic stays as it was
-
-    states, critic = torch.stack(states[1:]), critics[1]  # after the reset for the shapes: [T + 1, E, S]
-    assert torch.equal(given["guidance"][0], torch.stack(xs).flatten(0, 1))
-    rewards, values, _, _ = given["gae"]
-    torch.testing.assert_close(values, critic(states).detach())  # before the first update in the rewards' units
-    returns = given["advantages"] + values[:-1]
-    scores = ((returns - returns.mean()) / returns.var(correction=0).clamp(min=1e-4).sqrt()).flatten()
-    for epoch in range(2):
-        for k, index in enumerate(perms[4 * epoch].tensor_split(3)):
-            predicted, targets = regressed[3 * epoch + k]
-            torch.testing.assert_close(predicted, critic(states[:-1].flatten(0, 1)[index]).detach())
-            torch.testing.assert_close(targets, scores[index], rtol=1e-4, atol=1e-4)
-            error = (predicted - targets).clamp(-10, 10) / len(index)  # of the mean Huber loss, weight 1
-            torch.testing.assert_close(gradients[3 * epoch + k], error, rtol=1e-4, atol=1e-6)
-
-
-def test_values_are_in_the_rewards_units_after_the_first_update(monkeypatch):
-    """From the second update on the critic's standard scores are those of the returns so far."""
-    calls, norms = [], []
-    monkeypatch.setattr(dgpg, "gae", lambda *args: calls.append((args[1], gae(*args))) or calls[-1][1])
-    update = ValueNorm.update
-    monkeypatch.setattr(
-        ValueNorm, "update", lambda norm, returns: update(norm, returns) or norms.append(norm.mean_std())
-    )
-    monkeypatch.setattr(
-        MLP, "forward", lambda net, x: 0.5 * x.new_ones(x.shape[:-1]) + 0 * sum(map(torch.sum, net.parameters()))
-    )
-    train(Args(**TINY))
-    (first, advantages), (second, _) = calls
-    returns = advantages + first[:-1]
-    torch.testing.assert_close(first, torch.full_like(first, 0.5))
-    mean, std = returns.mean(), returns.var(correction=0).clamp(min=1e-4).sqrt()
-    assert std < 0.5  # so that leaving it out would show
-    torch.testing.assert_close(second, (0.5 * std + mean).expand_as(second), rtol=1e-4, atol=1e-4)
-
-
-def test_the_entropy_bonus_keeps_the_policy_from_deciding():
-    options = dict(n_agents=3, rounds=20, episodes=3, eval_every=3)
-    entropies = []
-    for weight in (0.0, 1.0):
-        train(Args(**options, ent_coef=weight, exp_name=str(weight)))
-        (run,) = pathlib.Path("runs").glob(f"{weight}__*")
-        entropies.append(EventAccumulator(str(run)).Reload().Scalars("losses/entropy")[-1].value)
-    assert entropies[0] < entropies[1] - 0.05
-
-
-def test_an_environment_may_write_into_its_actions(monkeypatch):
-    class Writes(CloudEnv):
-        def step(self, actions):
-            returned = super().step(actions)
-            actions[...] = 0
-            return returned
-
-    result = train(Args(**TINY))
-    monkeypatch.setattr(dgpg, "CloudEnv", Writes)
-    assert train(Args(**TINY)) == result
-
-
-@pytest.mark.parametrize("n_agents, wanted, scenarios", [(5, 0, 40), (200, 0, 10), (1500, 0, 2), (5, 3, 3)])
-def test_fewer_scenarios_are_evaluated_where_each_averages_more_agents(monkeypatch, n_agents, wanted, scenarios):
-    seen = []
-    monkeypatch.setattr(dgpg, "evaluate", lambda env, policy: seen.append(env.num_envs) or unevaluated(env, policy))
-    train(Args(**{**TINY, "episodes": 0, "n_agents": n_agents}, eval_scenarios=wanted))
-    assert set(seen) == {scenarios}
-
-
-@pytest.mark.parametrize("script", [dgpg, mappo, ippo])
-@pytest.mark.parametrize("seconds, told", [(0.01, False), (3, True)])
-def test_an_episode_that_takes_long_says_so(monkeypatch, capsys, script, seconds, told):
-    """Between two readings of the clock, `seconds` pass."""
-    clock = itertools.count(1e9, seconds)
-    monkeypatch.setattr(time, "time", lambda: next(clock))
-    script.train(script.Args(**TINY, num_envs=1))
-    assert ("trained for 1 episodes, return -" in capsys.readouterr().out) == told
-
-
-@pytest.mark.parametrize("script", [dgpg, mappo, ippo])
+@SCRIPTS
 def test_argmax_is_the_return_of_the_most_likely_actions(script):
-    torch.save({"actor": MLP(1, 7, 32, 3.0).state_dict()}, "decided.pt")
+    actor = save_actor(3.0)
     options = dict(n_agents=6, rounds=10, num_steps=10, load=2.0, episodes=0, init_actor="decided.pt")
     result = script.train(script.Args(**options))
-    actor = MLP(1, 7, 32, 0.01)
-    actor.load_state_dict(torch.load("decided.pt", weights_only=True)["actor"])
-
-    def most_likely(env, obs):
-        return actor(torch.tensor(obs)).argmax(-1).numpy()
-
     env = CloudEnv(40, 6, rounds=10, load=2.0, held_out=True)
-    assert result["return_argmax"] == dgpg.evaluate(env, most_likely) != result["return"]
+    most_likely = dgpg.evaluate(env, lambda obs: actor(torch.tensor(obs)).argmax(-1).numpy())
+    assert result["argmax"] == most_likely != result["return"]
+    assert result["heuristic"] == dgpg.evaluate(env, lambda obs: env.heuristic())
+    assert result["cost_ratio"] == result["return"] / result["heuristic"]
 
 
-@pytest.mark.parametrize("script", [dgpg, mappo, ippo])
-def test_both_gradients_are_clipped_in_every_minibatch_as_the_option_says(monkeypatch, script):
-    clipped, clip_grad = [], script.MLP.clip_grad
+def test_evaluated_on_the_held_out_part_and_trained_on_the_other():
+    made = []
 
-    def recorded(net, max_norm):
-        clip_grad(net, max_norm)
-        grads = torch.cat([weight.grad.flatten(1) for weight in net.parameters()], 1)
-        clipped.append((net.weights[0].shape[1], max_norm, net.copies * grads.norm(dim=1).max().item()))
+    def make_env(args, num_envs, held_out=False):
+        made.append((num_envs, held_out))
+        return dgpg.cloud(args, num_envs, held_out)
 
-    monkeypatch.setattr(script.MLP, "clip_grad", recorded)
-    script.train(script.Args(**TINY, num_envs=1, max_grad_norm=1e-3))
-    critic = 7 * 3 if script is ippo else 2 * 3 + 2 + 3 * 3  # inputs
-    assert [inputs for inputs, _, _ in clipped] == [7, critic] * 12  # 2 episodes, 2 epochs, 3 minibatches
-    assert all(max_norm == 1e-3 and norm < 1.01e-3 for _, max_norm, norm in clipped)
-
-
-def test_evaluated_on_the_held_out_part(monkeypatch):
-    made, init = [], CloudEnv.__init__
-    monkeypatch.setattr(CloudEnv, "__init__", lambda env, *args, **part: made.append(part) or init(env, *args, **part))
-    train(Args(**{**TINY, "episodes": 0}))
-    assert made == [{}, {"held_out": True}]
-
-
-def test_guided_policy_learns_and_the_others_do_not():
-    """Four episodes at N = 5: DG-PG is at Best-Fit (cost ratio 1), untrained and unguided policies are far from it."""
-    budget = dict(n_agents=5, episodes=4, eval_every=4)
-    assert train(Args(**budget))["cost_ratio"] < 1
-    assert train(Args(**{**budget, "episodes": 0}))["cost_ratio"] > 8
-    assert train(Args(**budget, alpha_start=0, alpha_end=0))["cost_ratio"] > 2
-
-
-def test_everything_that_is_written(capsys):
-    train(Args(**{**TINY, "num_steps": 5}, exp_name="name", seed=3, alpha_start=0.9, alpha_end=0.2))
-    (run,) = pathlib.Path("runs").iterdir()
-    assert run.name.startswith("name__n3__3__")
-    events = EventAccumulator(str(run)).Reload()
-    logged = scalars()
-    assert set(logged) == {
-        *("charts/episodic_return", "charts/SPS", "charts/learning_rate"),
-        *("eval/return", "eval/return_argmax", "eval/score", "eval/cost_ratio"),
-        *("eval/best_fit_return", "eval/random_return"),
-        *("losses/value_loss", "losses/policy_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac"),
-        *("losses/explained_variance", "guidance/alpha", "guidance/deviation", "guidance/g_std"),
-    }
-    assert [step for step, _ in logged.pop("eval/return_argmax")] == [2]  # at the end only
-    assert all([step for step, _ in points] == [1, 2] for points in logged.values())
-    assert [value for _, value in logged["guidance/alpha"]] == pytest.approx([0.725, 0.375])  # after 1/4, 3/4
-    value, best, worst = (logged[f"eval/{name}"][-1][1] for name in ("return", "best_fit_return", "random_return"))
-    assert logged["eval/score"][-1][1] == pytest.approx((value - worst) / (best - worst), rel=1e-5)
-    assert logged["eval/cost_ratio"][-1][1] == pytest.approx(value / best, rel=1e-5)
-    assert "hyperparameters/text_summary" in events.Tags()["tensors"]
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].startswith(f"final episodes=2 return={value:.2f} best_fit={best:.2f} random={worst:.2f} score=")
-    assert torch.load(run / "checkpoint.pt", weights_only=True)["args"]["alpha_end"] == 0.2
-    # the actor in the checkpoint evaluates to what was printed, and runs at another N
-    again = train(Args(**{**TINY, "episodes": 0}, seed=3, init_actor=str(run / "checkpoint.pt")))
-    assert again["return"] == pytest.approx(value, rel=1e-6)
-    train(Args(**{**TINY, "episodes": 0, "n_agents": 8}, init_actor=str(run / "checkpoint.pt")))
-
-
-def test_two_runs_that_start_at_once_have_a_folder_each(monkeypatch):
-    monkeypatch.setattr(time, "time", lambda: 1_760_000_000.5)
-    for _ in range(2):
-        train(Args(**{**TINY, "episodes": 0}))
-    assert len(os.listdir("runs")) == 2
+    for n_agents, scenarios in ((3, 40), (200, 10), (1500, 2)):
+        train(Args(**{**TINY, "episodes": 0, "n_agents": n_agents, "num_envs": 5}), make_env)
+        assert made[-2:] == [(5, False), (scenarios, True)]
 
 
 def test_no_training_scenario_is_a_held_out_one(monkeypatch):
@@ -514,76 +416,82 @@ def test_no_training_scenario_is_a_held_out_one(monkeypatch):
     assert len(drawn[True]) == 40 and len(training) == 2 * 4 and not drawn[True] & training
 
 
-def broken(part, change):
-    """`CloudEnv` whose `step` returns another reward, observation or part of what was played."""
-
-    class Broken(CloudEnv):
-        def step(self, actions):
-            obs, reward, terminated, truncated, info = super().step(actions)
-            reward = change(reward) if part == "reward" else reward
-            if self.num_envs == 2:  # training
-                if part == "truncated":
-                    truncated = change(truncated)
-                elif part in info:
-                    info = {name: change(value) for name, value in info.items() if name != part}
-                else:
-                    played = {name: change(value) if name == part else value for name, value in info["played"].items()}
-                    info = {**info, "played": {name: value for name, value in played.items() if value is not None}}
-            return obs, reward, terminated, truncated, info
-
-    return Broken
+def test_guided_policy_learns_and_the_others_do_not():
+    """Four episodes at N = 5: DG-PG is at Best-Fit (cost ratio 1), untrained and unguided policies are far from it."""
+    budget = dict(n_agents=5, episodes=4, eval_every=4)
+    assert train(Args(**budget))["cost_ratio"] < 1
+    assert train(Args(**{**budget, "episodes": 0}))["cost_ratio"] > 8
+    assert train(Args(**budget, alpha_start=0, alpha_end=0))["cost_ratio"] > 2
 
 
-@pytest.mark.parametrize(
-    "part, change, error, named",
-    [
-        ("truncated", lambda x: ~x, AssertionError, "cut off"),
-        ("truncated", lambda x: x | True, AssertionError, "cut off"),
-        ("state", lambda x: x, KeyError, "state"),
-        ("x", lambda x: x[:, :-1], AssertionError, "x.shape"),
-        ("x", lambda x: x[..., :1], AssertionError, "x.shape"),
-        ("x", lambda x: None, KeyError, "x"),
-        ("demand", lambda x: x[:, :-1], RuntimeError, "size of tensor"),
-        ("demand", lambda x: None, TypeError, "demand"),
-        ("offered_load", lambda x: None, TypeError, "offered_load"),
-        ("offered_load", lambda x: x[..., None, :], AssertionError, "x_ref.shape"),
-    ],
-)
-def test_an_own_environments_mistake_fails_at_once_and_is_named(monkeypatch, part, change, error, named):
-    monkeypatch.setattr(dgpg, "CloudEnv", broken(part, change))
-    with pytest.raises(error, match=named):
-        train(Args(**TINY, num_envs=2))
-    (run,) = pathlib.Path("runs").iterdir()
-    assert torch.load(run / "checkpoint.pt", weights_only=True)["episode"] == 0
+@pytest.mark.parametrize("module", [mappo, ippo, dgpg])
+def test_finds_the_best_policy_of_a_known_game(module):
+    """Two agents, two servers, one round: one task fits one server only, the other the other, whichever agent has it.
+
+    The server with less CPU has more memory. At any wrong placement some agent gains by moving; the best return is 0.
+    """
+
+    class Game(CloudEnv):
+        def _scenario(self, rng, start):
+            tasks = np.stack([rng.permutation([[5, 0.1], [0.1, 28]]) for _ in range(2)])
+            return Scenario(tasks, np.ones((2, 2)), np.ones(1))
+
+    def game(args, num_envs, held_out=False):
+        return Game(num_envs, 2, rounds=1)
+
+    assert CloudEnv(1, 2).capacity.tolist() == [[4, 32], [8, 16]]
+    options = dict(n_agents=2, rounds=1, num_steps=1, num_envs=64, eval_every=10**9, num_minibatches=4, update_epochs=5)
+    system = (game, analytic_model) if module is dgpg else (game,)
+    untrained = module.train(module.Args(**options, learning_rate=3e-3, episodes=0), *system)
+    # no longer: in a solved game noise is all that is left to standardise, a policy may leave the optimum for a while
+    trained = module.train(module.Args(**options, learning_rate=3e-3, episodes=64 * 20), *system)
+    assert trained["return"] > 0.1 * trained["random"]
+    assert untrained["return"] < 0.5 * untrained["random"] < 0
 
 
-@pytest.mark.parametrize("change", [lambda x: x.sum(), lambda x: x[:, None], lambda x: x * math.nan])
-def test_a_reward_that_cannot_be_one_fails_before_anything_is_written(monkeypatch, change):
-    monkeypatch.setattr(dgpg, "CloudEnv", broken("reward", change))
-    with pytest.raises(AssertionError, match="a reward .E. cannot be"):
-        train(Args(**TINY))
-    assert not pathlib.Path("runs").exists()
+def test_the_entropy_bonus_keeps_the_policy_from_deciding():
+    entropies = []
+    for weight in (0.0, 1.0):
+        train(Args(n_agents=3, rounds=20, episodes=3, eval_every=3, ent_coef=weight, exp_name=str(weight)))
+        entropies.append(scalars(str(weight))["losses/entropy"][-1][1])
+    assert entropies[0] < entropies[1] - 0.05
 
 
-@pytest.mark.parametrize("part", ["obs", "state"])
-def test_observations_and_states_of_another_shape_are_refused(monkeypatch, part):
-    class Broken(CloudEnv):
-        def reset(self, seed=None, options=None):
-            obs, info = super().reset(seed, options)
-            return (obs.swapaxes(0, 1), info) if part == "obs" else (obs, {**info, "state": info["state"][0]})
-
-    monkeypatch.setattr(dgpg, "CloudEnv", Broken)
-    with pytest.raises(AssertionError, match=f"{part} must be"):
-        train(Args(**TINY))
-    assert not os.path.exists("runs")
-
-
-@pytest.mark.parametrize("script", [dgpg, mappo, ippo])
+@SCRIPTS
 def test_annealing_takes_the_learning_rate_of_adam_to_0(script):
     options = {**TINY, "episodes": 4, "num_envs": 2, "num_steps": 5}
     script.train(script.Args(**options, learning_rate=0.01, anneal_lr=True))
-    # at each of the four updates 0.01, 0.0075, 0.005, 0.0025; the last one of an episode is logged
-    assert [value for _, value in scalars()["charts/learning_rate"]] == pytest.approx([0.0075, 0.0025])
+    rates = [0.01, 0.005625, 0.0025, 0.000625]  # at the four updates, two an episode
+    assert [value for _, value in scalars()["charts/learning_rate"]] == pytest.approx(
+        [sum(rates[:2]) / 2, sum(rates[2:]) / 2]
+    )
+
+
+def test_everything_that_is_written(capsys):
+    train(Args(**{**TINY, "num_steps": 5}, exp_name="name", seed=3, alpha_start=0.9, alpha_end=0.2))
+    (run,) = pathlib.Path("runs").iterdir()
+    assert run.name.startswith("name__n3__3__")
+    logged = scalars()
+    assert set(logged) == {
+        *("charts/episodic_return", "charts/SPS", "charts/learning_rate"),
+        *("eval/return", "eval/argmax", "eval/cost_ratio", "eval/heuristic", "eval/random"),
+        *("losses/value_loss", "losses/policy_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac"),
+        *("losses/explained_variance", "guidance/alpha", "guidance/deviation", "guidance/g_std"),
+    }
+    for tag, points in logged.items():
+        assert [step for step, _ in points] == ([0, 1, 2] if tag.startswith("eval/") else [1, 2]), tag
+    assert [value for _, value in logged["guidance/alpha"]] == pytest.approx([0.8125, 0.4625])  # means of 0, ¼ and ½, ¾
+    tags = events().Tags()
+    assert "hyperparameters/text_summary" in tags["tensors"] and tags["histograms"] == ["guidance/x_minus_x_ref"]
+    last = dict(word.split("=") for word in capsys.readouterr().out.splitlines()[-1].split())
+    assert last.keys() == {"episodes", "heuristic", "random", "return", "argmax", "cost_ratio", "seconds"}
+    for name in ("heuristic", "random", "return", "argmax", "cost_ratio"):
+        assert float(last[name]) == pytest.approx(logged[f"eval/{name}"][-1][1], abs=6e-4)
+    # the actor in the checkpoint evaluates to what was printed, and runs at another N
+    for path in (run, run / "checkpoint.pt"):
+        again = train(Args(**{**TINY, "episodes": 0}, seed=3, init_actor=str(path)))
+        assert again["return"] == pytest.approx(logged["eval/return"][-1][1], rel=1e-6)
+    train(Args(**{**TINY, "episodes": 0, "n_agents": 8}, init_actor=str(run)))
 
 
 def test_same_seed_same_numbers_however_often_it_is_evaluated(tmp_path, monkeypatch):
@@ -598,101 +506,3 @@ def test_same_seed_same_numbers_however_often_it_is_evaluated(tmp_path, monkeypa
     assert all(points[-1] == logged[0][tag][-1] for tag, points in logged[2].items())  # with fewer evaluations
     assert logged[0]["losses/policy_loss"] == logged[2]["losses/policy_loss"]
     assert all(logged[0][tag] != logged[3][tag] for tag in ("eval/return", "losses/policy_loss", "guidance/g_std"))
-
-
-def test_trace_is_trained_and_evaluated_on():
-    rows = [f"{60 * i // 7},{60 + 977 * i % 1201},{1 + i % 5},{2 + i % 11}" for i in range(600)]
-    pathlib.Path("trace.csv").write_text("\n".join(["arrival_s,duration_s,cpu,memory_gib", *rows]))
-    on_trace = train(Args(**TINY, trace="trace.csv"))
-    assert on_trace["return"] != train(Args(**TINY))["return"]
-
-
-WRONG = {
-    "--servers-per-agent 0": "servers_per_agent",
-    "--alpha-end -0.1": "alpha_end",
-    "--alpha-start nan": "alpha_start",
-    "--gamma 1.1": "gamma",
-    "--load 0": "load",
-    "--load nan": "load",
-    "--rounds 0": "rounds",
-    "--num-envs 0": "num_envs",
-    "--num-minibatches 11": "num_minibatches",
-    "--num-steps 0": "num_steps",
-    "--num-steps 1 --num-minibatches 1": "num_steps",
-    "--num-steps 30": "num_steps",
-    "--num-steps 200": "num_steps",
-    "--episodes -1": "episodes",
-    "--episodes 5 --num-envs 2": "episodes",
-    "--seed -1": "seed",
-    "--seed 100000": "seed",
-    "--learning-rate -1": "learning_rate",
-    "--learning-rate inf": "learning_rate",
-    "--eval-every 0": "eval_every",
-    "--eval-scenarios -1": "eval_scenarios",
-    "--hidden 0": "hidden",
-    "--trace missing.csv": "missing.csv",
-    "--trace empty.csv": "empty.csv: line 1",
-    "--trace short.csv": "short.csv",
-    "--trace unsorted.csv": "line 4: arrival_s",
-    "--trace negative.csv": "line 2: duration_s",
-    "--resume missing": "missing",
-    "--init-actor missing.pt": "missing.pt",
-    "--init-actor=": "cannot be used",
-    "--init-actor short.csv": "short.csv",
-    "--init-actor other.pt": "other.pt",
-}
-
-
-@pytest.mark.parametrize("options, named", WRONG.items(), ids=WRONG)
-def test_bad_input_is_one_line_that_names_it_and_nothing_is_written(monkeypatch, options, named):
-    header = "arrival_s,duration_s,cpu,memory_gib\n"
-    files = {
-        "empty.csv": "",
-        "short.csv": header + "0,1,1,1\n1,1,1,1\n",
-        "unsorted.csv": header + "0,1,1,1\n2,1,1,1\n1,1,1,1\n",
-        "negative.csv": header + "0,-1,1,1\n",
-    }
-    for name, text in files.items():
-        pathlib.Path(name).write_text(text)
-    torch.save({"actor": MLP(3, 7, 32, 0.01).state_dict()}, "other.pt")  # one actor for each of three agents
-    before = sorted(os.listdir())
-    monkeypatch.setattr(sys, "argv", ["dgpg.py", *options.split()])
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_path(str(ROOT / "dgpg.py"), run_name="__main__")
-    message = exit.value.code  # Python prints it on stderr and ends with status 1
-    assert isinstance(message, str) and named in message and len(message.splitlines()) == 1
-    assert sorted(os.listdir()) == before
-
-
-@pytest.mark.parametrize("options", ["--n-agents 1.5", "--load much", "--rounds", "--no-such-option 3", "stray"])
-def test_what_the_option_parser_finds_it_says_itself(monkeypatch, capsys, options):
-    monkeypatch.setattr(sys, "argv", ["dgpg.py", *options.split()])
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_path(str(ROOT / "dgpg.py"), run_name="__main__")
-    assert exit.value.code == 2 and options.split()[0] in capsys.readouterr().err
-    assert not os.listdir()
-
-
-def test_help_opens_with_what_the_program_does(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["dgpg.py", "--help"])
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_path(str(ROOT / "dgpg.py"), run_name="__main__")
-    out = capsys.readouterr().out
-    assert not exit.value.code and out.index("Trains N agents") < out.index("--exp-name") < out.index("--n-agents")
-
-
-def test_a_users_mistake_from_outside(tmp_path):
-    command = [sys.executable, str(ROOT / "dgpg.py"), "--alpha-end", "2"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "alpha_end must be from 0 to 1, not 2.0\n")
-    assert not os.listdir()
-
-
-def test_three_files_copied_elsewhere_run_by_themselves():
-    for name in ("dgpg.py", "cloud_env.py", "analytic_model.py"):
-        shutil.copy(ROOT / name, name)
-    command = [sys.executable, "dgpg.py", "--n-agents", "2", "--episodes", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("final episodes=1 return=")
-    assert done.stderr == ""

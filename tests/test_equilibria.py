@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from analytic_model import deviation, local_influence, reference_state
+from analytic_model import local_influence, reference_state
 from cloud_env import CloudEnv, Scenario
 
 # tasks' vCPU and the servers' vCPU: every placement is contended, so that no two differ in the state alone
@@ -22,6 +22,11 @@ GAMES = {
 }
 LOSES_ONE = [5, 10], [4, 8]  # two tasks on a server and one of twice its size
 ALPHAS = (0.2, 0.5, 0.9)
+
+
+def deviation(x, x_ref):
+    """d(x, x̃) = ½‖x − x̃‖² [E]."""
+    return 0.5 * (x - x_ref).square().sum((-2, -1))
 
 
 def play(demand, capacity):

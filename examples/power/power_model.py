@@ -1,8 +1,7 @@
 """Valley filling: where the energy of a night's cars would go if it could be poured over its slots like water.
 
-The functions take by name what the environment hands out (`info["played"]` and `env.constants`). Letters in shapes: B
-states, N agents, K plans, H slots, G transformers. The 1 + G rows are the feeder and the transformers, and component
-number row H + slot is a row's load in a slot, per rating and times the row's weight.
+B states, N agents, K plans, H slots, G transformers. The 1 + G rows are the feeder and the transformers; component
+row H + slot is a row's load in a slot, per rating and times the row's weight.
 """
 
 import torch
@@ -32,8 +31,3 @@ def reference_state(base, energy, weight, **_):
     filled = energy.unsqueeze(-1) + base.sort(-1).values.cumsum(-1)
     level = (filled / torch.arange(1, base.shape[-1] + 1)).amin(-1, keepdim=True)
     return (torch.maximum(base, level) * weight.unsqueeze(-1)).flatten(-2).unsqueeze(-1)
-
-
-def deviation(x, x_ref):
-    """d(x, x̃) = ½‖x − x̃‖² [B]: moving towards x̃ flattens the night and relieves the transformers."""
-    return 0.5 * (x - x_ref).square().sum((-2, -1))

@@ -29,11 +29,6 @@ def assignment(trips, ends, capacity, free_time, weight=5, steps=50):
 
 
 def reference_state(present, pair, ends, capacity, free_time, unit, **_):
-    """x̃: nearly the system optimum of all vehicles on the way, present: [B, N] vehicles/h, if all started anew."""
+    """x̃ [B, L, 1]: nearly the system optimum of all vehicles on the way, present [B, N] per h, if all started anew."""
     trips = present.new_zeros(len(present), 24 * 24).index_add(1, pair, present).unflatten(1, (24, 24))
     return (assignment(trips, ends, capacity, free_time) / unit).unsqueeze(-1)
-
-
-def deviation(x, x_ref):
-    """d(x, x̃) = ½‖x − x̃‖². x, x_ref: [B, L, 1]. Returns [B]."""
-    return 0.5 * (x - x_ref).square().sum((-2, -1))

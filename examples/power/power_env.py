@@ -1,27 +1,25 @@
 """Electric cars in the valley of the night: N aggregators book charging plans, every round, and share one reward.
 
 Before each night cars are announced in waves, one car per aggregator and wave (= round). A plan is a start slot: the
-car then charges without a break. Its load falls on the whole feeder and on the transformer that its aggregator is
-connected to. All agents choose at once and see only what is booked so far. After its last wave a night is settled and
-the next one starts with its own base load. Letters in shapes: E environments, N agents, K plans, T rounds, H slots, G
-transformers; axes of size 1 + G are rows: the feeder, then the transformers. Loads are in units of the row's rating.
+car then charges without a break. Its load falls on the whole feeder and on its aggregator's transformer. All agents
+choose at once and see only what is booked so far. After its last wave a night is settled and the next one starts with
+its own base load. Letters in shapes: E environments, N agents, K plans, T rounds, H slots, G transformers; axes of
+size 1 + G are rows: the feeder, then the transformers. Loads are in units of the row's rating.
 """
 
 import math
 
 import numpy as np
 
+from cloud_env import InputError
+
 WAVES, SLOTS = 5, 24  # rounds of a night, and its slots: half hours from 19:00 to 7:00
 POWER = np.array([3.7, 7.4, 11.0, 22.0])  # kW, usual wallboxes, at load 0.8 and N > 6
 LENGTH = np.arange(2, 9)  # slots that a car charges
 RATING = 36.0  # kVA of transformer per aggregator, times 0.8 to 1.2
-GROUP = 6  # aggregators per transformer
+GROUP = 6  # aggregators per transformer: one car is 1/N of the feeder's load, but not of its transformer's
 BASE = 0.6  # mean base load; the valley holds 1 - BASE in each slot
 OVERLOAD = 10.0  # weight of transformer overload in the cost
-
-
-class InputError(SystemExit):
-    """A user's mistake in an option, named in one line, with which it ends the program if not caught."""
 
 
 def draw_scenario(rng, rounds, n_agents, rating):
@@ -31,7 +29,8 @@ def draw_scenario(rng, rounds, n_agents, rating):
     """
     nights, G = rounds // WAVES + 1, len(rating) - 1
     phase = rng.uniform(-0.6, 0.6, (nights, 1, 1)) + rng.uniform(-0.3, 0.3, (nights, G, 1))
-    depth, level = rng.uniform(0.15, 0.3, (nights, G, 1)), rng.uniform(BASE - 0.05, BASE + 0.05, (nights, G, 1))
+    depth = rng.uniform(0.15, 0.3, (nights, G, 1))
+    level = rng.uniform(BASE - 0.05, BASE + 0.05, (nights, G, 1))
     base = level + depth * np.cos(2 * math.pi * (np.arange(SLOTS) + 0.5) / SLOTS + phase)
     feeder = (base * rating[1:, None]).sum(1, keepdims=True) / rating[0]
     cars = rng.choice(POWER, (rounds + 1, n_agents)), rng.choice(LENGTH, (rounds + 1, n_agents))
@@ -47,24 +46,18 @@ def cost(load):
     return SLOTS * load[:, 0].var(-1) + OVERLOAD * overload
 
 
-class CloudEnv:
+class PowerEnv:
     """`num_envs` feeders with N aggregators each as one. Environment e draws its scenario from seed + e alone.
 
-    n_agents: N. rounds: T. load: energy of a night's cars as a fraction of what the valley below the ratings holds.
-    servers_per_agent: K plans, their start slots spread evenly over the night. trace: not supported. held_out: no
-    difference. There is a transformer for each 6 agents, so that one car is 1/N of the feeder's load, but not of its
-    transformer's. `constants`: "rating" [1 + G] kVA, "weight" [1 + G] of each row in x, "transformer" [N] from 0.
-    Raises InputError if an option is out of range.
+    load: energy of a night's cars as a fraction of what the valley below the ratings holds. n_plans: K, their start
+    slots spread evenly over the night. `constants`: "rating" [1 + G] kVA, "weight" [1 + G] of each row in x,
+    "transformer" [N] from 0. Raises InputError on bad options.
     """
 
-    def __init__(self, num_envs, n_agents, rounds=100, load=0.8, servers_per_agent=8, trace=None, held_out=False):
-        if trace is not None:
-            raise InputError("trace: this system has no traces")
-        if not 0 < load < math.inf:
-            raise InputError(f"load must be above 0, not {load}")
-        if min(num_envs, n_agents, rounds, servers_per_agent) < 1:
-            raise InputError("num_envs, n_agents, rounds and servers_per_agent must each be at least 1")
-        self.num_envs, self.n_agents, self.rounds, self.n_plans = num_envs, n_agents, rounds, servers_per_agent
+    def __init__(self, num_envs, n_agents, rounds=100, load=0.8, n_plans=8):
+        if not 0 < load < math.inf or min(num_envs, n_agents, rounds, n_plans) < 1:
+            raise InputError("load must be above 0; n_agents, rounds and servers_per_agent at least 1")
+        self.num_envs, self.n_agents, self.rounds, self.n_plans = num_envs, n_agents, rounds, n_plans
         G = math.ceil(n_agents / GROUP)
         self.transformer = np.arange(n_agents) % G
         # which agents load which row [1 + G, N]: all of them the feeder, each its transformer
@@ -86,8 +79,9 @@ class CloudEnv:
         """Draw new scenarios and start their first round. Returns obs [E, N, K, F] float32 and info (see `step`)."""
         rngs = (np.random.default_rng(seed + e) for e in range(self.num_envs))
         scenarios = [draw_scenario(rng, self.rounds, self.n_agents, self.rating) for rng in rngs]
-        self.base, self.power, self.length = (np.stack(part, 1) for part in zip(*scenarios))  # [.., E, ..]
-        self.t, self.power = 0, self.power * self.power_scale
+        self.base, power, self.length = (np.stack(part, 1) for part in zip(*scenarios))  # [.., E, ..]
+        self.power = power * self.power_scale
+        self.t = 0
         return self._observe()
 
     def _observe(self, **played):
@@ -101,10 +95,12 @@ class CloudEnv:
         obs = np.empty((E, N, K, 9), dtype=np.float32)
         for row, load in enumerate((self.load[:, :1], self.load[:, 1 + self.transformer])):  # feeder, own transformer
             obs[..., row] = (self.on @ load[..., None])[..., 0] / length  # mean over the plan's slots
-            obs[..., 2 + row] = np.where(self.on, load[:, :, None], 0).max(-1)
+            obs[..., 2 + row] = np.where(self.on, load[:, :, None], 0).max(-1)  # the largest of them
         obs[..., 4] = 10 * self.power[t][..., None] / self.rating[1 + self.transformer, None]
-        obs[..., 5], obs[..., 6], obs[..., 8] = length / LENGTH.max(), when, t % WAVES / WAVES
+        obs[..., 5] = length / LENGTH.max()
+        obs[..., 6] = when
         obs[..., 7] = when - self.position[:, None]  # so that agents who see the same can spread
+        obs[..., 8] = t % WAVES / WAVES
         parts = self.load, obs[:, :, 0, 4], obs[:, :, 0, 5], obs[:, 0, 0, 8]
         state = np.concatenate([part.reshape(E, -1) for part in parts], 1)
         return obs, {"state": state.astype(np.float32), "played": played}
@@ -112,21 +108,17 @@ class CloudEnv:
     def step(self, actions):
         """Book the `actions`-th plan of every agent. actions: [E, N] integers in [0, K).
 
-        Returns obs [E, N, K, F], F = 9: mean load of feeder and transformer over the plan's slots, largest load of
-        both, 10 × power per rating, length, start from 0 to 1, start less the agent's position in its group, wave;
-        reward [E], minus the rise of the night's cost, so that a night's rewards add up to minus its `cost`;
-        terminated [E] (never), truncated [E] (after round T: bootstrap from this observation) and info.
-
-        info["state"] [E, (1 + G) H + 2N + 1]: all loads, every car's power per rating and length, the wave.
-        info["played"] (empty after `reset`): "x" [E, (1 + G) H, 1], row by row the load after the joint action, the
-        feeder's times √G; "base" [E, 1 + G, H] load without cars; "energy" [E, 1 + G] of the night's cars so far, in
-        ratings × slots; "power" [E, N] kW; "start" [E, N, K] and "length" [E, N] slots.
-        Raises ValueError on actions of the wrong shape, type or range.
+        Returns obs [E, N, K, 9]; reward [E], minus the rise of the night's cost, so that a night's rewards add up to
+        minus its `cost`; terminated [E] (never), truncated [E] (after round T) and info. "state"
+        [E, (1 + G) H + 2N + 1]: all loads, every car's power per rating and length, the wave. "played": "x"
+        [E, (1 + G) H, 1], row by row the load after the joint action, the feeder's times √G; "base" [E, 1 + G, H] load
+        without cars; "energy" [E, 1 + G] of the night's cars so far, in ratings × slots; "power" [E, N] kW; "start"
+        [E, N, K] and "length" [E, N] slots.
         """
         E, N, K, t = self.num_envs, self.n_agents, self.n_plans, self.t
         actions = np.asarray(actions)
-        if actions.shape != (E, N) or actions.dtype.kind not in "iu" or actions.min() < 0 or actions.max() >= K:
-            raise ValueError(f"actions must be integers [{E}, {N}] from 0 to {K - 1}, not {actions.dtype} {actions}")
+        if actions.shape != (E, N) or actions.min() < 0 or actions.max() >= K:
+            raise ValueError(f"actions must be integers [{E}, {N}] from 0 to {K - 1}, not {actions}")
         power, length = self.power[t], self.length[t]
         chosen = self.on[np.arange(E)[:, None], np.arange(N), actions]  # [E, N, H]
         # x_h ← x_h + Σ_i power_i / rating
@@ -139,35 +131,28 @@ class CloudEnv:
         obs, info = self._observe(**played)
         return obs, reward, np.zeros(E, dtype=bool), np.full(E, self.t == self.rounds), info
 
+    def added_cost(self, load, agents=slice(None)):
+        """What each plan of these agents would add to the cost of `load`, up to a constant per agent: [E, agents, K].
 
-def added_cost(env, load, agents):
-    """What each plan of these agents would add to the cost of `load`, up to a constant per agent: [E, agents, K].
+        The feeder's 2 x_h z and the transformer's w/G [max(0, x_h + z − 1)² − max(0, x_h − 1)²], over the plan's slots.
+        """
+        feeder, own = load[:, :1], load[:, 1 + self.transformer[agents]]
+        power = self.power[self.t][:, agents, None]
+        z, own_z = power / self.rating[0], power / self.rating[1 + self.transformer[agents], None]
+        overload = np.square((own + own_z - 1).clip(0)) - np.square((own - 1).clip(0))
+        in_slot = 2 * feeder * z + OVERLOAD * overload / (len(self.rating) - 1)  # [E, agents, H]
+        return (self.on[:, agents] @ in_slot[..., None])[..., 0]
 
-    The feeder's 2 x_h z and the transformer's w/G [max(0, x_h + z − 1)² − max(0, x_h − 1)²], over the plan's slots.
-    """
-    feeder, own = load[:, :1], load[:, 1 + env.transformer[agents]]
-    power = env.power[env.t][:, agents, None]
-    z, own_z = power / env.rating[0], power / env.rating[1 + env.transformer[agents], None]
-    overload = np.square((own + own_z - 1).clip(0)) - np.square((own - 1).clip(0))
-    in_slot = 2 * feeder * z + OVERLOAD * overload / (len(env.rating) - 1)  # [E, agents, H]
-    return (env.on[:, agents] @ in_slot[..., None])[..., 0]
+    def heuristic(self):
+        """In turn: each agent takes the plan that adds least, with all plans before it known. Returns actions [E, N]."""
+        load = self.load.copy()
+        actions = np.empty((self.num_envs, self.n_agents), dtype=int)
+        for i in range(self.n_agents):
+            actions[:, i] = self.added_cost(load, [i])[:, 0].argmin(-1)
+            profile = self.on[np.arange(self.num_envs), i, actions[:, i]] * self.power[self.t][:, i, None]
+            load += profile[:, None] * (self.member[:, i] / self.rating)[:, None]
+        return actions
 
-
-def best_fit(env, obs):
-    """Sequential greedy: one agent after the other takes the plan that adds least, with all plans before it known."""
-    load, actions = env.load.copy(), np.empty((env.num_envs, env.n_agents), dtype=int)
-    for i in range(env.n_agents):
-        actions[:, i] = added_cost(env, load, [i])[:, 0].argmin(-1)
-        profile = env.on[np.arange(env.num_envs), i, actions[:, i]] * env.power[env.t][:, i, None]
-        load += profile[:, None] * (env.member[:, i] / env.rating)[:, None]
-    return actions
-
-
-def uncoordinated(env, obs):
-    """All at once: each agent takes the plan that adds least to what is booked at the round's start."""
-    return added_cost(env, env.load, np.arange(env.n_agents)).argmin(-1)
-
-
-def random_policy(env, obs):
-    """A plan at random for every agent, other ones each round."""
-    return np.random.default_rng(env.t).integers(env.n_plans, size=(env.num_envs, env.n_agents))
+    def uncoordinated(self):
+        """All at once: each agent takes the plan that adds least to what is booked at the round's start."""
+        return self.added_cost(self.load).argmin(-1)

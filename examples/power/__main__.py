@@ -1,0 +1,26 @@
+"""Charging in the valley of the night. From the repository's root: python -m examples.power --n-agents 100"""
+
+from dataclasses import dataclass
+
+import dgpg
+from cloud_env import InputError
+from examples.power import power_model
+from examples.power.power_env import PowerEnv
+
+
+@dataclass
+class Args(dgpg.Args):
+    exp_name: str = "power"  # the name of this experiment
+    episodes: int = 20  # training episodes: after 10, fewer runs have learnt to spread by their place in the group
+    load: float = 0.8  # energy of a night's cars as a fraction of what the valley below the ratings holds
+    servers_per_agent: int = 8  # plans K of each car: start slots spread evenly over the night
+
+
+def make_env(args, num_envs, held_out=False):
+    if args.trace is not None:
+        raise InputError("trace: this system has no traces")
+    return PowerEnv(num_envs, args.n_agents, args.rounds, args.load, args.servers_per_agent)
+
+
+if __name__ == "__main__":
+    dgpg.main(Args, make_env, power_model)
