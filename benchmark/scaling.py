@@ -9,7 +9,7 @@ import tyro
 from runs import Args, first, head, line, ratios, save, shown, slope, sweep, until
 
 NAMES = {"dgpg.py": "DG-PG", "mappo.py": "MAPPO", "ippo.py": "IPPO"}
-SEEDS = {2: 5, 5: 20, 10: 5, 20: 5, 50: 5, 100: 5, 200: 5, 500: 3, 1000: 3, 1500: 3}  # how many of DG-PG at each N
+SEEDS = {2: 5, 5: 20, 10: 5, 20: 10, 50: 10, 100: 10, 200: 5, 500: 3, 1000: 3, 1500: 3}  # how many of DG-PG at each N
 BUDGETS = {2: 1600, 5: 1600, 10: 4000, 20: 4000, 50: 4000, 200: 504}  # the baselines' episodes, multiples of 8
 RATES = "--learning-rate 1e-3", "--learning-rate 3e-3", "--learning-rate 1e-2"  # a script's own is run again
 BATCHES = "--num-envs 2", "--num-steps 25"

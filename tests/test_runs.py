@@ -17,6 +17,7 @@ import threading
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch.utils.tensorboard import SummaryWriter
 
 import cloud_env
@@ -155,7 +156,16 @@ def test_killed_at_any_moment_and_resumed_ends_as_if_never_killed(tmp_path, scri
 def test_nothing_that_a_checkpoint_goes_on_from_is_still_unwritten(tmp_path, monkeypatch):
     """When the checkpoint after e episodes appears, all events up to e are in the file; a run that goes on from it ends
     with the same weights and figures."""
-    on_disk, checkpoints = [], []
+    on_disk, checkpoints, waiting = [], [], []
+
+    def flush(writer, add_event=EventFileWriter.add_event, flush=EventFileWriter.flush):
+        while waiting:
+            add_event(writer, waiting.pop(0))
+        flush(writer)
+
+    # the latest that an event may be written is when the writer is flushed
+    monkeypatch.setattr(EventFileWriter, "add_event", lambda writer, event: waiting.append(event))
+    monkeypatch.setattr(EventFileWriter, "flush", flush)
 
     def keep(source, target, replace=os.replace):
         checkpoints.append(pathlib.Path(source).read_bytes())
@@ -209,12 +219,15 @@ def other(args, num_envs, held_out=False):
 def test_what_cannot_be_resumed_is_named_and_nothing_is_touched(tmp_path):
     train(Args(**SMALL, episodes=1))
     run = only_run(tmp_path)
+    mappo.train(mappo.Args(**SMALL, episodes=1, num_envs=1, exp_name="mappo"))
+    (others,) = (tmp_path / "runs").glob("mappo*")
     before = contents(tmp_path)
     for refused, message in (
         (lambda: train(Args(resume="missing")), "missing is no checkpoint"),
         (lambda: train(Args(resume="")), "is no checkpoint"),  # of a shell variable that is not set
         (lambda: train(Args(resume=str(run), seed=2)), r"without other options: \['seed'\]"),
         (lambda: mappo.train(mappo.Args(resume=str(run))), "must be a run of mappo.py"),
+        (lambda: train(Args(resume=str(others))), "must be a run of dgpg.py"),
         (lambda: train(Args(resume=str(run)), other), "a run on CloudEnv, not on Other"),
         (lambda: train(Args(**SMALL, init_actor=str(run)), other), "a run on CloudEnv, not on Other"),
     ):
