@@ -192,7 +192,7 @@ class CloudEnv:
         if self.trace is None:
             return text
         return (
-            f"{text}; trace of {len(self.trace)} tasks, {len(self.trace) / self.duration[:, 0].size:.0f} episodes long; "
+            f"{text}; trace of {len(self.trace)} tasks, {len(self.trace) / self.duration[:, 0].size:.0f} episodes; "
             f"rounds {np.median(self.delta):.2g} apart in the median, {(self.delta == 0).mean():.0%} not at all; "
             f"durations {np.median(self.duration):.2g} in the median, {self.duration.max():.2g} at most; "
             f"the largest task takes {(self.demand / self.capacity.mean(0)).max():.2g} mean servers"
@@ -244,7 +244,7 @@ class CloudEnv:
     def _serve(self, left):
         """Processor sharing until the next round: all tasks on a server progress at rate 1/max(1, x_cpu, x_mem).
 
-        Each pass takes every server to its next completion, or to the round's end where nothing slows it down.
+        Each pass takes a slowed server to its next completion or the round's end, and any other to the end at once.
         left: [E M] time until the next round. Returns the reward [E], −(1/N) Σ_tasks (time not served)/duration.
         """
         lost = np.zeros(self.num_envs)

@@ -73,7 +73,7 @@ def network(inputs, hidden, output_gain, device="cpu"):
 
 
 def mean_std(sums):
-    """Mean and deviation of the returns from running sums of 1, R and R²: the critic learns standard scores."""
+    """Mean and deviation of returns R, from decaying sums of 1, R and R²: the critic's targets are standardised."""
     mean, mean_square = sums[1:] / sums[0]
     return mean, (mean_square - mean**2).clamp(min=1e-4).sqrt()
 
@@ -130,9 +130,9 @@ def train(args, make_env=cloud, model=analytic_model):
         except Exception as error:
             raise InputError(f"{file} is no checkpoint: {error!r}") from None
     if args.resume is not None:
-        others = dict(asdict(args).items() - asdict(type(args)(resume=path)).items())
-        if others or saved.get("script") != script:
-            raise InputError(f"resume: {path} must be a run of {script}, and go on without other options: {[*others]}")
+        others = dict(asdict(args).items() - asdict(type(args)(resume=path)).items())  # not at their defaults
+        if others or path == file or saved.get("script") != script:
+            raise InputError(f"resume: {path} must be a folder of {script}, and no other option given: {[*others]}")
         args = type(args)(**saved["args"] | {"resume": path})
     for low, high, names in (
         (1, 10**9, "eval_every num_envs num_steps num_minibatches minibatch_agents update_epochs"),
@@ -152,9 +152,9 @@ def train(args, make_env=cloud, model=analytic_model):
     next_obs, info = env.reset(seed=0)  # for the sizes
     E, N, K, features = next_obs.shape
     constants = {name: torch.tensor(value, device=device) for name, value in env.constants.items()}
-    actor = network(features, 32, 0.01, device)  # the logit of an action, from its features
+    actor = network(features, 32, 0.01, device)  # for all agents: the logit of an action, from its features
     critic = network(info["state"].shape[-1], 64, 1.0, device)  # V(s) of the global state
-    critic.register_buffer("sums", torch.tensor([1e-8, 0, 1e-8], device=device))  # mean 0 and deviation 1 at first
+    critic.register_buffer("sums", torch.tensor([1e-8, 0, 1e-8], device=device))  # at first mean 0, deviation 1
     optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], args.learning_rate, eps=1e-5, fused=True)
     parts = {"actor": actor, "critic": critic, "optimizer": optimizer}
     if path is not None:
@@ -164,7 +164,6 @@ def train(args, make_env=cloud, model=analytic_model):
             parts[name].load_state_dict(saved[name])
     start = 0 if args.resume is None else saved["episode"]
     act = torch.no_grad()(lambda obs: Categorical(logits=actor(torch.tensor(obs, device=device)), validate_args=False))
-
     folder = args.resume or f"runs/{args.exp_name}__n{N}__{args.seed}__{time.time_ns()}"
     with SummaryWriter(folder, purge_step=start + 1) as writer:  # what follows the checkpoint is logged again
         writer.add_text("hyperparameters", str(args))
@@ -174,15 +173,15 @@ def train(args, make_env=cloud, model=analytic_model):
         if result["heuristic"] > -0.05:
             print("cost_ratio means nothing here: the heuristic has hardly any cost")
         result["random"] = evaluate(eval_env, lambda obs: torch.randint(K, obs.shape[:2], device="cpu").numpy())
-        print(f"return of random actions: {result['random']:.2f}")
         again = shlex.join([*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", folder])
         print(f"if it is interrupted, go on with: cd {shlex.quote(os.getcwd())} && {again}")
-        for episode in range(start, args.episodes + 1, E):  # an episode of every environment
+        for episode in range(start, args.episodes + 1, E):  # the number of episodes that are done
             # EVALUATE
-            if episode % args.eval_every < E or episode == args.episodes:
+            if episode == args.episodes:
+                result["argmax"] = evaluate(eval_env, lambda obs: act(obs).logits.argmax(-1).cpu().numpy())
+            if 0 < episode and episode % args.eval_every < E or episode == args.episodes:
                 torch.manual_seed(args.seed)
                 result["return"] = evaluate(eval_env, lambda obs: act(obs).sample().cpu().numpy())
-                result["argmax"] = evaluate(eval_env, lambda obs: act(obs).logits.argmax(-1).cpu().numpy())
                 result["cost_ratio"] = result["return"] / result["heuristic"] if result["heuristic"] else np.nan
                 for name, value in result.items():
                     writer.add_scalar(f"eval/{name}", value, episode)
@@ -226,15 +225,17 @@ def train(args, make_env=cloud, model=analytic_model):
                 b_returns = ((returns - mean) / std).flatten(0, 1)
                 advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
 
-                # GUIDANCE: in the paper Â ← (1−α) Â − α g_i(a_i), of the action taken. Here −α g_i(a) of all actions,
-                # weighted by π_old(a): in the loss Σ_a π_old(a) ρ(a) g_i(a) = E_{a~π} g_i(a), as ρ = π/π_old
+                # GUIDANCE: the paper adds −α g_i(a_i) to the advantage, for the action taken. Here every action a gets
+                # −α π_old(a) g_i(a), so that the loss has Σ_a π_old(a) ρ(a) g_i(a) = E_{a~π} g_i(a), as ρ = π/π_old
                 b_played = {name: torch.cat([step[name] for step in played]) for name in played[0]}
                 x = b_played.pop("x")
                 x_ref = model.reference_state(**b_played, **constants)
-                g = guidance(x, x_ref, *model.local_influence(**b_played, **constants), b_actions).float()  # g_i(a)
+                z, touched = model.local_influence(**b_played, **constants)
+                g = guidance(x, x_ref, z, touched, b_actions).float()  # g_i(a) [B, N, K]
+                pi_old = b_logprobs.exp()
+                g = g - (pi_old * g).sum(-1, keepdim=True)  # a baseline, as V in Â: no expected gradient changes
                 taken = F.one_hot(b_actions, K).float()
-                weight = b_logprobs.exp() if args.own_action_expectation else taken
-                g = g - (b_logprobs.exp() * g).sum(-1, keepdim=True)  # less E_{a~π_old} g_i(a), as Â is less V
+                weight = pi_old if args.own_action_expectation else taken
                 g_std = (weight * g**2).sum(-1).mean().sqrt() + 1e-8
                 alpha = (1 - progress) * args.alpha_start + progress * args.alpha_end
                 b_advantages = (1 - alpha) * taken * advantages.view(-1, 1, 1) - alpha * weight * g / g_std
@@ -265,10 +266,10 @@ def train(args, make_env=cloud, model=analytic_model):
                         log["losses/value_loss"].append(value_loss.item())
                         log["losses/policy_loss"].append(policy_loss.item())
                         log["losses/entropy"].append(entropy.item())
-                        log["losses/approx_kl"].append(-(weight[sample] * logratio).sum(-1).mean().item())  # KL
+                        log["losses/approx_kl"].append(-(weight[sample] * logratio).sum(-1).mean().item())
                         log["losses/clipfrac"].append((weight[sample] * (ratio != clipped)).sum(-1).mean().item())
 
-            # LOG means over the episode
+            # LOG means over the episode, and the last batch's x − x̃
             done = episode + E
             for tag, values in log.items():
                 writer.add_scalar(tag, np.mean(values), done)
@@ -286,7 +287,7 @@ def train(args, make_env=cloud, model=analytic_model):
 
 
 def main(args=Args, *system):
-    """`train` with the command line's options, on one's own `system`. Bad input is one line on stderr, and status 1."""
+    """`train` with options of the class `args` from the command line. Bad input is one line on stderr, and status 1."""
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # not every terminal has these letters
     torch.set_num_threads(1)  # the matrices are small: a second thread costs more than it brings
     try:

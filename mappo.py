@@ -66,7 +66,7 @@ def network(inputs, hidden, output_gain, device="cpu"):
 
 
 def mean_std(sums):
-    """Mean and deviation of the returns from running sums of 1, R and R²: the critic learns standard scores."""
+    """Mean and deviation of returns R, from decaying sums of 1, R and R²: the critic's targets are standardised."""
     mean, mean_square = sums[1:] / sums[0]
     return mean, (mean_square - mean**2).clamp(min=1e-4).sqrt()
 
@@ -106,9 +106,9 @@ def train(args, make_env=cloud):
         except Exception as error:
             raise InputError(f"{file} is no checkpoint: {error!r}") from None
     if args.resume is not None:
-        others = dict(asdict(args).items() - asdict(type(args)(resume=path)).items())
-        if others or saved.get("script") != script:
-            raise InputError(f"resume: {path} must be a run of {script}, and go on without other options: {[*others]}")
+        others = dict(asdict(args).items() - asdict(type(args)(resume=path)).items())  # not at their defaults
+        if others or path == file or saved.get("script") != script:
+            raise InputError(f"resume: {path} must be a folder of {script}, and no other option given: {[*others]}")
         args = type(args)(**saved["args"] | {"resume": path})
     for low, high, names in (
         (1, 10**9, "eval_every num_envs num_steps num_minibatches minibatch_agents update_epochs"),
@@ -127,9 +127,9 @@ def train(args, make_env=cloud):
     eval_env = make_env(args, max(2, min(40, 2_000 // args.n_agents)), held_out=True)
     next_obs, info = env.reset(seed=0)  # for the sizes
     E, N, K, features = next_obs.shape
-    actor = network(features, 32, 0.01, device)  # the logit of an action, from its features
+    actor = network(features, 32, 0.01, device)  # for all agents: the logit of an action, from its features
     critic = network(info["state"].shape[-1], 64, 1.0, device)  # V(s) of the global state
-    critic.register_buffer("sums", torch.tensor([1e-8, 0, 1e-8], device=device))  # mean 0 and deviation 1 at first
+    critic.register_buffer("sums", torch.tensor([1e-8, 0, 1e-8], device=device))  # at first mean 0, deviation 1
     optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], args.learning_rate, eps=1e-5, fused=True)
     parts = {"actor": actor, "critic": critic, "optimizer": optimizer}
     if path is not None:
@@ -139,7 +139,6 @@ def train(args, make_env=cloud):
             parts[name].load_state_dict(saved[name])
     start = 0 if args.resume is None else saved["episode"]
     act = torch.no_grad()(lambda obs: Categorical(logits=actor(torch.tensor(obs, device=device)), validate_args=False))
-
     folder = args.resume or f"runs/{args.exp_name}__n{N}__{args.seed}__{time.time_ns()}"
     with SummaryWriter(folder, purge_step=start + 1) as writer:  # what follows the checkpoint is logged again
         writer.add_text("hyperparameters", str(args))
@@ -149,15 +148,15 @@ def train(args, make_env=cloud):
         if result["heuristic"] > -0.05:
             print("cost_ratio means nothing here: the heuristic has hardly any cost")
         result["random"] = evaluate(eval_env, lambda obs: torch.randint(K, obs.shape[:2], device="cpu").numpy())
-        print(f"return of random actions: {result['random']:.2f}")
         again = shlex.join([*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", folder])
         print(f"if it is interrupted, go on with: cd {shlex.quote(os.getcwd())} && {again}")
-        for episode in range(start, args.episodes + 1, E):  # an episode of every environment
+        for episode in range(start, args.episodes + 1, E):  # the number of episodes that are done
             # EVALUATE
-            if episode % args.eval_every < E or episode == args.episodes:
+            if episode == args.episodes:
+                result["argmax"] = evaluate(eval_env, lambda obs: act(obs).logits.argmax(-1).cpu().numpy())
+            if 0 < episode and episode % args.eval_every < E or episode == args.episodes:
                 torch.manual_seed(args.seed)
                 result["return"] = evaluate(eval_env, lambda obs: act(obs).sample().cpu().numpy())
-                result["argmax"] = evaluate(eval_env, lambda obs: act(obs).logits.argmax(-1).cpu().numpy())
                 result["cost_ratio"] = result["return"] / result["heuristic"] if result["heuristic"] else np.nan
                 for name, value in result.items():
                     writer.add_scalar(f"eval/{name}", value, episode)
@@ -224,10 +223,10 @@ def train(args, make_env=cloud):
                         log["losses/value_loss"].append(value_loss.item())
                         log["losses/policy_loss"].append(policy_loss.item())
                         log["losses/entropy"].append(entropy.item())
-                        log["losses/approx_kl"].append(((ratio - 1) - logratio).mean().item())
+                        log["losses/approx_kl"].append((ratio - 1 - logratio).mean().item())
                         log["losses/clipfrac"].append((ratio != clipped).float().mean().item())
 
-            # LOG means over the episode
+            # LOG means over the episode, and the last batch's x − x̃
             done = episode + E
             for tag, values in log.items():
                 writer.add_scalar(tag, np.mean(values), done)
@@ -244,7 +243,7 @@ def train(args, make_env=cloud):
 
 
 def main(args=Args, *system):
-    """`train` with the command line's options, on one's own `system`. Bad input is one line on stderr, and status 1."""
+    """`train` with options of the class `args` from the command line. Bad input is one line on stderr, and status 1."""
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # not every terminal has these letters
     torch.set_num_threads(1)  # the matrices are small: a second thread costs more than it brings
     try:

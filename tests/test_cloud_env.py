@@ -413,7 +413,7 @@ def test_evaluation_stretches_do_not_overlap_where_there_is_room(tmp_path):
         duration = env.duration.transpose(1, 0, 2).reshape(count, 20) / cloud_env.MEAN_DURATION * table[:, 1].mean()
         for k, start in enumerate(starts):
             np.testing.assert_allclose(duration[k], table[start : start + 20, 1])
-        assert "trace of 80 tasks, 4 episodes long" in str(env)
+        assert "trace of 80 tasks, 4 episodes" in str(env)
 
 
 def test_a_short_trace_says_what_it_has_and_needs(tmp_path):
@@ -502,7 +502,7 @@ def test_a_run_says_what_the_trace_became(tmp_path):
     (tmp_path / "t.csv").write_text(HEADER + "\n".join(rows))
     env = CloudEnv(1, 4, rounds=9, trace=tmp_path / "t.csv")
     env.reset(seed=0)
-    assert "trace of 320 tasks, 8 episodes long; rounds " in str(env)
+    assert "trace of 320 tasks, 8 episodes; rounds " in str(env)
     shares = [word for word in str(env).split() if word.endswith("%")]
     assert shares == [f"{(env.delta == 0).mean():.0%}"]
     assert "durations 7.4 in the median, 7.4 at most; the largest task takes " in str(env)

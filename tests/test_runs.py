@@ -101,10 +101,12 @@ def only_run(folder):
 
 
 def logged(folder):
-    """Every scalar of the only run in `folder` but wall times, by tag and step: a value that is logged again is equal."""
+    """Every scalar of the only run in `folder` but wall times; an evaluation may be there twice, with the same value."""
     events = EventAccumulator(str(only_run(folder))).Reload()
-    points = {(tag, event.step, event.value) for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
-    return sorted(point for point in points if point[0] != "charts/SPS")
+    points = [(tag, event.step, event.value) for tag in events.Tags()["scalars"] for event in events.Scalars(tag)]
+    evaluations = {point for point in points if point[0].startswith("eval/")}
+    others = [point for point in points if point not in evaluations and point[0] != "charts/SPS"]
+    return sorted([*evaluations, *others])
 
 
 def state(folder):
@@ -225,9 +227,10 @@ def test_what_cannot_be_resumed_is_named_and_nothing_is_touched(tmp_path):
     for refused, message in (
         (lambda: train(Args(resume="missing")), "missing is no checkpoint"),
         (lambda: train(Args(resume="")), "is no checkpoint"),  # of a shell variable that is not set
-        (lambda: train(Args(resume=str(run), seed=2)), r"without other options: \['seed'\]"),
-        (lambda: mappo.train(mappo.Args(resume=str(run))), "must be a run of mappo.py"),
-        (lambda: train(Args(resume=str(others))), "must be a run of dgpg.py"),
+        (lambda: train(Args(resume=f"{run}/checkpoint.pt")), "must be a folder of dgpg.py"),
+        (lambda: train(Args(resume=str(run), seed=2)), r"no other option given: \['seed'\]"),
+        (lambda: mappo.train(mappo.Args(resume=str(run))), "must be a folder of mappo.py"),
+        (lambda: train(Args(resume=str(others))), "must be a folder of dgpg.py"),
         (lambda: train(Args(resume=str(run)), other), "a run on CloudEnv, not on Other"),
         (lambda: train(Args(**SMALL, init_actor=str(run)), other), "a run on CloudEnv, not on Other"),
     ):
