@@ -5,7 +5,7 @@ The model gives each agent a signal of its own, g_i = ⟨x − x̃, z_i⟩: does
 the reference x̃? Its noise does not grow with N. The rest is PPO, with Â ← (1−α) Â − α g_i.
 
 Letters in shapes: N agents, E environments, T rounds, B states of a batch, K actions, F features of an action.
-In the model: M components of the system, R quantities of each, J components that one action touches.
+In the model (see analytic_model.py): M components of the system, R quantities of each, J that one action touches.
 """
 
 import os
@@ -117,7 +117,7 @@ def evaluate(env, policy):
 def train(args, make_env=cloud, model=analytic_model):
     """Train and evaluate as `args` says, on make_env(args, num_envs, held_out=False). Returns the last line's figures.
 
-    model: the functions `reference_state` and `local_influence`. Raises InputError on bad options.
+    Raises InputError on bad options.
     """
     # SET-UP: nothing is written before all options are known to be good
     start_time = time.time()
@@ -269,13 +269,13 @@ def train(args, make_env=cloud, model=analytic_model):
                         log["losses/approx_kl"].append(-(weight[sample] * logratio).sum(-1).mean().item())
                         log["losses/clipfrac"].append((weight[sample] * (ratio != clipped)).sum(-1).mean().item())
 
-            # LOG means over the episode, and the last batch's x − x̃
+            # LOG means over the episode
             done = episode + E
             for tag, values in log.items():
                 writer.add_scalar(tag, np.mean(values), done)
             writer.add_scalar("charts/episodic_return", episodic_return, done)
             writer.add_scalar("charts/SPS", (done - start) * env.rounds * N / (time.time() - start_time), done)
-            writer.add_histogram("guidance/x_minus_x_ref", x - x_ref, done)
+            writer.add_histogram("guidance/x_minus_x_ref", x - x_ref, done)  # of the last batch
             writer.flush()
             print(f"episodes={done} training_return={episodic_return:.2f}")
 

@@ -226,7 +226,7 @@ def train(args, make_env=cloud):
                         log["losses/approx_kl"].append((ratio - 1 - logratio).mean().item())
                         log["losses/clipfrac"].append((ratio != clipped).float().mean().item())
 
-            # LOG means over the episode, and the last batch's x − x̃
+            # LOG means over the episode
             done = episode + E
             for tag, values in log.items():
                 writer.add_scalar(tag, np.mean(values), done)
