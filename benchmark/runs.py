@@ -88,7 +88,7 @@ def trained(job):
 
 
 def run(script, n_agents, seed, options):
-    """Run one job in a folder of its own and keep its actor. Returns a row per evaluation.
+    """Run one job in a folder of its own and keep its actor. Returns a row per evaluation; only the last has an argmax.
 
     script: a file of the project, with words that follow it, or "-m" and a module.
     """
@@ -113,7 +113,9 @@ def run(script, n_agents, seed, options):
             os.replace(new, new.with_suffix(".pt"))
     key = dict(zip(KEY, (script, n_agents, seed, options)))
     parsed = [dict(word.split("=") for word in line.split()) for line in lines]
-    return [key | {name: row[name] for name in FIGURES} | {"peak_mib": usage.ru_maxrss // 1024} for row in parsed]
+    return [
+        key | {name: row.get(name, "") for name in FIGURES} | {"peak_mib": usage.ru_maxrss // 1024} for row in parsed
+    ]
 
 
 def sweep(name, jobs, args):

@@ -55,12 +55,11 @@ def draw(found):
             if not any(job in found for job in jobs):
                 continue
             episodes, middle, curves = mean(jobs)
-            episodes = np.maximum(episodes, 0.5)  # before training, where a logarithmic axis has no place
             axes.loglog(episodes, middle, style, color=f"C{color}", label=f"{NAMES[script]}, N = {n}")
             axes.fill_between(episodes, np.min(curves, 0), np.max(curves, 0), color=f"C{color}", alpha=0.15, lw=0)
     axes.axhline(1, color="black", lw=0.8)
-    axes.annotate("Best-Fit", (0.5, 1.05))
-    axes.set_xticks((0.5, 1, 10, 100, 1000), ("untrained", "1", "10", "100", "1,000"))
+    axes.annotate("Best-Fit", (1, 1.05))
+    axes.set_xticks((1, 10, 100, 1000), ("1", "10", "100", "1,000"))
     axes.set(xlabel="episodes", ylabel="cost ratio", title="geometric mean over seeds, and their range")
     axes.legend(fontsize=8, ncols=3)
     save(figure, "learning")
@@ -69,7 +68,7 @@ def draw(found):
     for k, n in enumerate(SEEDS):
         if any(job in found for job in guided(n)):
             episodes, middle, _ = mean(guided(n))
-            axes.semilogy(episodes[1:], middle[1:], color=plt.cm.viridis(k / len(SEEDS)), label=f"N = {n}")
+            axes.semilogy(episodes, middle, color=plt.cm.viridis(k / len(SEEDS)), label=f"N = {n}")
     axes.axhline(1, color="black", lw=0.8)
     axes.set_yticks((0.5, 0.6, 0.8, 1), ("0.5", "0.6", "0.8", "1"))
     axes.minorticks_off()
