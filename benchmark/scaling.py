@@ -82,7 +82,8 @@ def main(args):
     groups += [baseline(script, n) for script in ("mappo.py", "ippo.py") for n in BUDGETS]
     groups += tuning()
     found = sweep("scaling", [job for group in groups for job in group], args)
-    head("", "N", "changes", "seeds", "episodes until Best-Fit", "cost ratio at the end", "argmax", "after", "MiB")
+    columns = "first evaluation: mean, largest", "at the end: mean, largest", "argmax", "episodes", "MiB"
+    head("", "N", "changes", "seeds", "episodes until Best-Fit", *columns)
     points = []
     for group in groups:
         runs = [found[job] for job in group if job in found]
@@ -94,9 +95,15 @@ def main(args):
         if script == "dgpg.py":
             points += [(n, episode) for episode in episodes if episode > 0]
         changes = options.partition("--eval-every ")[2].partition(" ")[2] or "none"
-        ends = shown(ratios(runs)), shown(ratios(runs, argmax=True))
+        begins = [rows[0]["cost_ratio"] for rows in runs]
+        ends = ratios(runs)
+        shares = (
+            f"{shown(begins)}, {max(begins):.2f}",
+            f"{shown(ends)}, {max(ends):.2f}",
+            shown(ratios(runs, argmax=True)),
+        )
         memory = max(rows[-1]["peak_mib"] for rows in runs)
-        line(NAMES[script], n, changes, len(runs), until(episodes, budget), *ends, f"{budget:.0f}", f"{memory:.0f}")
+        line(NAMES[script], n, changes, len(runs), until(episodes, budget), *shares, f"{budget:.0f}", f"{memory:.0f}")
     if len({n for n, _ in points}) > 1:
         beta, error = slope(*np.array(points).T)
         print(f"DG-PG's episodes until Best-Fit: N^{beta:.3f} ± {error:.3f} (standard error, {len(points)} runs)")
