@@ -177,12 +177,12 @@ def train(args, make_env=cloud, model=analytic_model):
         print(f"if it is interrupted, go on with: cd {shlex.quote(os.getcwd())} && {again}")
         for episode in range(start, args.episodes + 1, E):  # the number of episodes that are done
             # EVALUATE
-            if episode == args.episodes:
-                result["argmax"] = evaluate(eval_env, lambda obs: act(obs).logits.argmax(-1).cpu().numpy())
             if 0 < episode and episode % args.eval_every < E or episode == args.episodes:
                 torch.manual_seed(args.seed)
                 result["return"] = evaluate(eval_env, lambda obs: act(obs).sample().cpu().numpy())
                 result["cost_ratio"] = result["return"] / result["heuristic"] if result["heuristic"] else np.nan
+                if episode == args.episodes:
+                    result["argmax"] = evaluate(eval_env, lambda obs: act(obs).logits.argmax(-1).cpu().numpy())
                 for name, value in result.items():
                     writer.add_scalar(f"eval/{name}", value, episode)
                 figures = " ".join(f"{name}={value:.3f}" for name, value in result.items())
