@@ -19,11 +19,10 @@ CATALOGUE = np.array([(vcpu, vcpu * gib) for gib in (2, 4, 8) for vcpu in (2, 4,
 ELEPHANTS = 0.15  # the fraction of tasks that are elephants; the others are mice
 SHAPE, LOW, HIGH = 1.5, 10.0, 100.0  # elephants' durations: bounded Pareto on [LOW, HIGH] rounds
 PARETO_MEAN = SHAPE / (SHAPE - 1) * (LOW ** (1 - SHAPE) - HIGH ** (1 - SHAPE)) / (LOW**-SHAPE - HIGH**-SHAPE)
-MEAN_DURATION = (1 - ELEPHANTS) * (1 + 4) + ELEPHANTS * PARETO_MEAN  # 7.4 rounds
+MEAN_DURATION = (1 - ELEPHANTS) * (1 + 4) + ELEPHANTS * PARETO_MEAN  # 7.4 rounds (see `draw_scenario`)
 GIB_PER_VCPU = np.array([1.0, 2.0, 4.0, 8.0])
 # E[cpu duration] in vCPU rounds, before scaling
 CPU_WORK = (1 - ELEPHANTS) * 0.55 * (1 + 4) + ELEPHANTS * 2.5 * PARETO_MEAN
-
 
 COLUMNS = ("arrival_s", "duration_s", "cpu", "memory_gib")  # of a trace
 
@@ -181,7 +180,7 @@ class CloudEnv:
         self.offered_load = np.stack([offered_load(scenario) for scenario in scenarios], 1)  # [T + 1, E, 2]
         self.x, self.t = np.zeros((self.num_envs, *self.capacity.shape)), 0  # utilisation now
         self.work_left = self.duration.flatten()  # of every task, in rounds of service
-        self._weight = np.divide(1, self.work_left, out=np.zeros_like(self.work_left), where=self.work_left > 0)
+        self._per_duration = np.divide(1, self.work_left, out=np.zeros_like(self.work_left), where=self.work_left > 0)
         self._server = np.zeros(len(self.work_left), dtype=int)
         self._live = np.zeros(0, dtype=int)  # the tasks that are placed and not done
         return self._observe()
@@ -204,7 +203,8 @@ class CloudEnv:
         obs[..., 0:2] = np.log1p(self.x)[:, self.reach]
         obs[..., 2:4] = z
         obs[..., 4:6] = np.log(self.capacity)[self.reach]
-        obs[..., 6] = log_duration = np.log(self.duration[self.t].clip(1e-3))[..., None]
+        log_duration = np.log(self.duration[self.t].clip(1e-3))  # [E, N]
+        obs[..., 6] = log_duration[..., None]
         parts = self.x, self.offered_load[self.t] / self.capacity.sum(0), self.demand[self.t] / self.capacity.mean(0)
         state = np.concatenate([part.reshape(self.num_envs, -1) for part in (*parts, log_duration)], 1)
         return obs, {"state": state.astype(np.float32), "played": played}
@@ -238,7 +238,7 @@ class CloudEnv:
     def _utilisation(self, tasks):
         """x [E, M, 2] with these tasks present."""
         server, demand = self._server[tasks], self.demand.reshape(-1, 2)
-        used = [np.bincount(server, demand[tasks, resource], self.x[..., 0].size) for resource in range(2)]
+        used = [np.bincount(server, demand[tasks, resource], self.x.size // 2) for resource in range(2)]
         return np.stack(used, -1).reshape(self.x.shape) / self.capacity
 
     def _serve(self, left):
@@ -258,7 +258,7 @@ class CloudEnv:
             np.minimum.at(step, server[slow], end[slow])
             served = step / slowdown
             self.work_left[tasks] = np.where(end <= step[server], 0, work - served[server])
-            unserved = (step - served)[server] * self._weight[tasks]
+            unserved = (step - served)[server] * self._per_duration[tasks]
             lost += np.bincount(server // len(self.capacity), unserved, self.num_envs)
             left = left - step
             tasks = tasks[(self.work_left[tasks] > 0) & (left[server] > 0)]

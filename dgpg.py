@@ -9,7 +9,6 @@ In the model (see analytic_model.py): M components of the system, R quantities o
 """
 
 import os
-import shlex
 import sys
 import time
 from collections import defaultdict
@@ -18,7 +17,6 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
@@ -48,7 +46,7 @@ class Args:
     gamma: float = 0.97  # discount factor per round
     gae_lambda: float = 0.9  # lambda of generalised advantage estimation
     num_minibatches: int = 1  # minibatches per epoch, each of some states
-    minibatch_agents: int = 50  # agents that a minibatch draws
+    minibatch_agents: int = 50  # agents that a minibatch draws at random, all if there are fewer
     update_epochs: int = 10  # epochs per update
     clip_coef: float = 0.2  # clip range of the policy ratio
     ent_coef: float = 0.0  # weight of the entropy bonus
@@ -63,9 +61,9 @@ def cloud(args, num_envs, held_out=False):
     return CloudEnv(num_envs, args.n_agents, args.rounds, args.load, args.servers_per_agent, args.trace, held_out)
 
 
-def network(inputs, hidden, output_gain, device="cpu"):
+def network(inputs, hidden, output_gain):
     """inputs -> hidden -> hidden -> one number, with orthogonal weights: [..., inputs] to [...]."""
-    layers = [nn.Linear(*size, device=device) for size in ((inputs, hidden), (hidden, hidden), (hidden, 1))]
+    layers = [nn.Linear(*size) for size in ((inputs, hidden), (hidden, hidden), (hidden, 1))]
     for layer, gain in zip(layers, (np.sqrt(2), np.sqrt(2), output_gain)):
         nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
@@ -73,7 +71,7 @@ def network(inputs, hidden, output_gain, device="cpu"):
 
 
 def mean_std(sums):
-    """Mean and deviation of returns R, from decaying sums of 1, R and R²: the critic's targets are standardised."""
+    """Mean and deviation of returns G, from decaying sums of 1, G and G²: the critic's targets are standardised."""
     mean, mean_square = sums[1:] / sums[0]
     return mean, (mean_square - mean**2).clamp(min=1e-4).sqrt()
 
@@ -88,20 +86,20 @@ def gae(rewards, values, gamma, gae_lambda):
 
 
 def guidance(x, x_ref, z, touched, actions):
-    """g_i(a) = ⟨x_{−i} + z_i(a) − x̃, z_i(a)⟩ of every action a, where x_{−i} is x without agent i (Yang & Liu 2026).
+    """g_i(a) = ⟨x − z_i + z_i(a) − x̃, z_i(a)⟩: of every action a, had agent i taken it instead (Yang & Liu 2026).
 
     x, x_ref: state after the joint action and reference x̃ [B, M, R]. z: what every action adds [B, N, K, J, R] to the
     components `touched` [B, N, K, J], each at most once where z is not 0. actions: the ones taken [B, N].
     Returns [B, N, K]: for the action taken ⟨x − x̃, z_i⟩, the derivative of d = ½‖x − x̃‖² along z_i.
     """
     assert x.shape == x_ref.shape and touched.shape == z.shape[:-1] and actions.shape == z.shape[:2]
-    states = torch.arange(len(x), device=x.device)[:, None, None, None]
-    deviation = (x - x_ref)[states, touched]  # x − x̃ where each action acts [B, N, K, J, R]
+    batch = torch.arange(len(x), device=x.device)[:, None, None, None]
+    deviation = (x - x_ref)[batch, touched]  # x − x̃ where each action acts [B, N, K, J, R]
     own_z = z.take_along_dim(actions[..., None, None, None], 2)  # [B, N, 1, J, R]
     own_touched = touched.take_along_dim(actions[..., None, None], 2)  # [B, N, 1, J]
-    same = touched.unsqueeze(-1) == own_touched.unsqueeze(-2)  # [B, N, K, J, J]
-    own = (same.unsqueeze(-1) * own_z.unsqueeze(-3)).sum(-2)  # what the action taken itself put there
-    return ((deviation - own + z) * z).sum((-2, -1))
+    same = touched.unsqueeze(-1) == own_touched.unsqueeze(-2)  # is a's component the taken one's [B, N, K, J, J]
+    own = (same * (z @ own_z.mT)).sum((-2, -1))  # ⟨z_i, z_i(a)⟩: what the action taken has put there itself
+    return ((deviation + z) * z).sum((-2, -1)) - own
 
 
 def evaluate(env, policy):
@@ -110,14 +108,14 @@ def evaluate(env, policy):
     returns = 0
     for _ in range(env.rounds):
         obs, reward, _, _, _ = env.step(policy(obs))
-        returns = returns + reward
+        returns += reward
     return returns.mean().item()
 
 
 def train(args, make_env=cloud, model=analytic_model):
-    """Train and evaluate as `args` says, on make_env(args, num_envs, held_out=False). Returns the last line's figures.
+    """Train and evaluate as `args` says. Returns the last line's figures. Raises InputError on bad options.
 
-    Raises InputError on bad options.
+    make_env(args, num_envs, held_out=False): makes an environment with what is used of `CloudEnv` here.
     """
     # SET-UP: nothing is written before all options are known to be good
     start_time = time.time()
@@ -131,7 +129,7 @@ def train(args, make_env=cloud, model=analytic_model):
             raise InputError(f"{file} is no checkpoint: {error!r}") from None
     if args.resume is not None:
         others = dict(asdict(args).items() - asdict(type(args)(resume=path)).items())  # not at their defaults
-        if others or path == file or saved.get("script") != script:
+        if others or not os.path.isdir(path) or saved.get("script") != script:
             raise InputError(f"resume: {path} must be a folder of {script}, and no other option given: {[*others]}")
         args = type(args)(**saved["args"] | {"resume": path})
     for low, high, names in (
@@ -150,10 +148,10 @@ def train(args, make_env=cloud, model=analytic_model):
     env = make_env(args, args.num_envs)
     eval_env = make_env(args, max(2, min(40, 2_000 // args.n_agents)), held_out=True)
     next_obs, info = env.reset(seed=0)  # for the sizes
-    E, N, K, features = next_obs.shape
+    E, N, K, F = next_obs.shape
     constants = {name: torch.tensor(value, device=device) for name, value in env.constants.items()}
-    actor = network(features, 32, 0.01, device)  # for all agents: the logit of an action, from its features
-    critic = network(info["state"].shape[-1], 64, 1.0, device)  # V(s) of the global state
+    actor = network(F, 32, 0.01).to(device)  # for all agents: the logit of an action, from its features
+    critic = network(info["state"].shape[-1], 64, 1.0).to(device)  # V(s) of the global state
     critic.register_buffer("sums", torch.tensor([1e-8, 0, 1e-8], device=device))  # at first mean 0, deviation 1
     optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], args.learning_rate, eps=1e-5, fused=True)
     parts = {"actor": actor, "critic": critic, "optimizer": optimizer}
@@ -163,26 +161,28 @@ def train(args, make_env=cloud, model=analytic_model):
         for name in ["actor"] if args.resume is None else parts:
             parts[name].load_state_dict(saved[name])
     start = 0 if args.resume is None else saved["episode"]
-    act = torch.no_grad()(lambda obs: Categorical(logits=actor(torch.tensor(obs, device=device)), validate_args=False))
+
+    @torch.no_grad()
+    def pi(obs):  # π(·|o) of all agents
+        return Categorical(logits=actor(torch.tensor(obs, device=device)), validate_args=False)
+
     folder = args.resume or f"runs/{args.exp_name}__n{N}__{args.seed}__{time.time_ns()}"
     with SummaryWriter(folder, purge_step=start + 1) as writer:  # what follows the checkpoint is logged again
         writer.add_text("hyperparameters", str(args))
-        print(f"{args.exp_name}: {N} agents, {K} actions, {device}; {env}")
+        print(f"{folder}: {N} agents, {K} actions, {device}; {env}")
         result = {"heuristic": evaluate(eval_env, lambda obs: eval_env.heuristic())}
         print(f"return of the heuristic: {result['heuristic']:.2f}; {eval_env}")
         if result["heuristic"] > -0.05:
             print("cost_ratio means nothing here: the heuristic has hardly any cost")
-        result["random"] = evaluate(eval_env, lambda obs: torch.randint(K, obs.shape[:2], device="cpu").numpy())
-        again = shlex.join([*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", folder])
-        print(f"if it is interrupted, go on with: cd {shlex.quote(os.getcwd())} && {again}")
+        result["random"] = evaluate(eval_env, lambda obs: torch.randint(K, obs.shape[:2]).numpy())
         for episode in range(start, args.episodes + 1, E):  # the number of episodes that are done
-            # EVALUATE
-            if 0 < episode and episode % args.eval_every < E or episode == args.episodes:
+            # EVALUATE at the end, and when eval_every episodes have passed
+            if episode == args.episodes or 0 < episode and episode % args.eval_every < E:
                 torch.manual_seed(args.seed)
-                result["return"] = evaluate(eval_env, lambda obs: act(obs).sample().cpu().numpy())
+                result["return"] = evaluate(eval_env, lambda obs: pi(obs).sample().cpu().numpy())
                 result["cost_ratio"] = result["return"] / result["heuristic"] if result["heuristic"] else np.nan
                 if episode == args.episodes:
-                    result["argmax"] = evaluate(eval_env, lambda obs: act(obs).logits.argmax(-1).cpu().numpy())
+                    result["argmax"] = evaluate(eval_env, lambda obs: pi(obs).logits.argmax(-1).cpu().numpy())
                 for name, value in result.items():
                     writer.add_scalar(f"eval/{name}", value, episode)
                 figures = " ".join(f"{name}={value:.3f}" for name, value in result.items())
@@ -201,7 +201,7 @@ def train(args, make_env=cloud, model=analytic_model):
                 # ROLLOUT
                 steps, states, rewards, played = [], [], [], []
                 for _ in range(first, min(first + args.num_steps, env.rounds)):
-                    dist = act(next_obs)
+                    dist = pi(next_obs)
                     actions = dist.sample()
                     steps.append((torch.tensor(next_obs, device=device), actions, dist.logits))  # logits are log π(a)
                     states.append(torch.tensor(info["state"], device=device))
@@ -218,25 +218,25 @@ def train(args, make_env=cloud, model=analytic_model):
                 returns = advantages + values[:-1]
                 unexplained = advantages.var(correction=0) / (returns.var(correction=0) + 1e-8)
                 log["losses/explained_variance"].append(1 - unexplained.item())
-                critic.sums.lerp_(torch.stack([torch.ones_like(returns), returns, returns**2]).flatten(1).mean(1), 0.1)
+                critic.sums.lerp_(torch.stack([(returns**k).mean() for k in range(3)]), 0.1)
                 mean, std = mean_std(critic.sums)
-                b_obs, b_actions, b_logprobs = map(torch.cat, zip(*steps))
+                b_obs, b_actions, b_logprobs = map(torch.cat, zip(*steps))  # [B, N, …]
                 b_states = torch.cat(states[:-1])
                 b_returns = ((returns - mean) / std).flatten(0, 1)
                 advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
 
                 # GUIDANCE: the paper adds −α g_i(a_i) to the advantage, for the action taken. Here every action a gets
-                # −α π_old(a) g_i(a), so that the loss has Σ_a π_old(a) ρ(a) g_i(a) = E_{a~π} g_i(a), as ρ = π/π_old
+                # −α π_old(a) g_i(a): with the loss's ratio ρ = π/π_old that is Σ_a π_old(a) ρ(a) g_i(a) = E_{a~π} g_i(a)
                 b_played = {name: torch.cat([step[name] for step in played]) for name in played[0]}
-                x = b_played.pop("x")
+                x = b_played.pop("x")  # the model does not see it: x̃ and z are the same whatever the actions
                 x_ref = model.reference_state(**b_played, **constants)
                 z, touched = model.local_influence(**b_played, **constants)
                 g = guidance(x, x_ref, z, touched, b_actions).float()  # g_i(a) [B, N, K]
                 pi_old = b_logprobs.exp()
                 g = g - (pi_old * g).sum(-1, keepdim=True)  # a baseline, as V in Â: no expected gradient changes
-                taken = F.one_hot(b_actions, K).float()
+                taken = nn.functional.one_hot(b_actions, K).float()
                 weight = pi_old if args.own_action_expectation else taken
-                g_std = (weight * g**2).sum(-1).mean().sqrt() + 1e-8
+                g_std = (weight * g**2).sum(-1).mean().sqrt() + 1e-8  # Â has deviation 1, too
                 alpha = (1 - progress) * args.alpha_start + progress * args.alpha_end
                 b_advantages = (1 - alpha) * taken * advantages.view(-1, 1, 1) - alpha * weight * g / g_std
                 log["guidance/alpha"].append(alpha)
@@ -247,8 +247,8 @@ def train(args, make_env=cloud, model=analytic_model):
                 optimizer.param_groups[0]["lr"] = (1 - args.anneal_lr * progress) ** 2 * args.learning_rate
                 log["charts/learning_rate"].append(optimizer.param_groups[0]["lr"])
                 for _ in range(args.update_epochs):
-                    for index in torch.randperm(len(b_obs), device="cpu").chunk(args.num_minibatches):
-                        sample = index.unsqueeze(1), torch.randperm(N, device="cpu")[: args.minibatch_agents]
+                    for index in torch.randperm(len(b_obs)).chunk(args.num_minibatches):
+                        sample = index.unsqueeze(1), torch.randperm(N)[: args.minibatch_agents]
                         dist = Categorical(logits=actor(b_obs[sample]), validate_args=False)
                         logratio = (dist.logits - b_logprobs[sample]).clamp(max=20)  # so that ρ stays finite
                         ratio = logratio.exp()  # ρ = π(a)/π_old(a)
@@ -257,7 +257,7 @@ def train(args, make_env=cloud, model=analytic_model):
                         advantage = b_advantages[sample]
                         policy_loss = -torch.min(ratio * advantage, clipped * advantage).sum(-1).mean()
                         entropy = dist.entropy().mean()
-                        value_loss = F.huber_loss(critic(b_states[index]), b_returns[index], delta=10.0)
+                        value_loss = nn.functional.huber_loss(critic(b_states[index]), b_returns[index], delta=10.0)
                         optimizer.zero_grad()
                         (policy_loss - args.ent_coef * entropy + value_loss).backward()
                         for net in (actor, critic):

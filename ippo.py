@@ -6,7 +6,6 @@ Letters in shapes: N agents, E environments, T rounds, B states of a batch, K ac
 """
 
 import os
-import shlex
 import sys
 import time
 from collections import defaultdict
@@ -15,7 +14,6 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
@@ -44,7 +42,7 @@ class Args:
     gamma: float = 0.97  # discount factor per round
     gae_lambda: float = 0.9  # lambda of generalised advantage estimation
     num_minibatches: int = 4  # minibatches per epoch, each of some states
-    minibatch_agents: int = 50  # agents that a minibatch draws
+    minibatch_agents: int = 50  # agents that a minibatch draws at random, all if there are fewer
     update_epochs: int = 10  # epochs per update
     clip_coef: float = 0.2  # clip range of the policy ratio
     ent_coef: float = 0.01  # weight of the entropy bonus
@@ -56,9 +54,9 @@ def cloud(args, num_envs, held_out=False):
     return CloudEnv(num_envs, args.n_agents, args.rounds, args.load, args.servers_per_agent, args.trace, held_out)
 
 
-def network(inputs, hidden, output_gain, device="cpu"):
+def network(inputs, hidden, output_gain):
     """inputs -> hidden -> hidden -> one number, with orthogonal weights: [..., inputs] to [...]."""
-    layers = [nn.Linear(*size, device=device) for size in ((inputs, hidden), (hidden, hidden), (hidden, 1))]
+    layers = [nn.Linear(*size) for size in ((inputs, hidden), (hidden, hidden), (hidden, 1))]
     for layer, gain in zip(layers, (np.sqrt(2), np.sqrt(2), output_gain)):
         nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
@@ -66,7 +64,7 @@ def network(inputs, hidden, output_gain, device="cpu"):
 
 
 def mean_std(sums):
-    """Mean and deviation of returns R, from decaying sums of 1, R and R²: the critic's targets are standardised."""
+    """Mean and deviation of returns G, from decaying sums of 1, G and G²: the critic's targets are standardised."""
     mean, mean_square = sums[1:] / sums[0]
     return mean, (mean_square - mean**2).clamp(min=1e-4).sqrt()
 
@@ -86,14 +84,14 @@ def evaluate(env, policy):
     returns = 0
     for _ in range(env.rounds):
         obs, reward, _, _, _ = env.step(policy(obs))
-        returns = returns + reward
+        returns += reward
     return returns.mean().item()
 
 
 def train(args, make_env=cloud):
-    """Train and evaluate as `args` says, on make_env(args, num_envs, held_out=False). Returns the last line's figures.
+    """Train and evaluate as `args` says. Returns the last line's figures. Raises InputError on bad options.
 
-    Raises InputError on bad options.
+    make_env(args, num_envs, held_out=False): makes an environment with what is used of `CloudEnv` here.
     """
     # SET-UP: nothing is written before all options are known to be good
     start_time = time.time()
@@ -107,7 +105,7 @@ def train(args, make_env=cloud):
             raise InputError(f"{file} is no checkpoint: {error!r}") from None
     if args.resume is not None:
         others = dict(asdict(args).items() - asdict(type(args)(resume=path)).items())  # not at their defaults
-        if others or path == file or saved.get("script") != script:
+        if others or not os.path.isdir(path) or saved.get("script") != script:
             raise InputError(f"resume: {path} must be a folder of {script}, and no other option given: {[*others]}")
         args = type(args)(**saved["args"] | {"resume": path})
     for low, high, names in (
@@ -126,9 +124,9 @@ def train(args, make_env=cloud):
     env = make_env(args, args.num_envs)
     eval_env = make_env(args, max(2, min(40, 2_000 // args.n_agents)), held_out=True)
     next_obs, info = env.reset(seed=0)  # for the sizes
-    E, N, K, features = next_obs.shape
-    actor = network(features, 32, 0.01, device)  # for all agents: the logit of an action, from its features
-    critic = network(K * features, 64, 1.0, device)  # V(o_i) of the agent's own observation
+    E, N, K, F = next_obs.shape
+    actor = network(F, 32, 0.01).to(device)  # for all agents: the logit of an action, from its features
+    critic = network(K * F, 64, 1.0).to(device)  # V(o_i) of the agent's own observation
     critic.register_buffer("sums", torch.tensor([1e-8, 0, 1e-8], device=device))  # at first mean 0, deviation 1
     optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], args.learning_rate, eps=1e-5, fused=True)
     parts = {"actor": actor, "critic": critic, "optimizer": optimizer}
@@ -138,26 +136,28 @@ def train(args, make_env=cloud):
         for name in ["actor"] if args.resume is None else parts:
             parts[name].load_state_dict(saved[name])
     start = 0 if args.resume is None else saved["episode"]
-    act = torch.no_grad()(lambda obs: Categorical(logits=actor(torch.tensor(obs, device=device)), validate_args=False))
+
+    @torch.no_grad()
+    def pi(obs):  # π(·|o) of all agents
+        return Categorical(logits=actor(torch.tensor(obs, device=device)), validate_args=False)
+
     folder = args.resume or f"runs/{args.exp_name}__n{N}__{args.seed}__{time.time_ns()}"
     with SummaryWriter(folder, purge_step=start + 1) as writer:  # what follows the checkpoint is logged again
         writer.add_text("hyperparameters", str(args))
-        print(f"{args.exp_name}: {N} agents, {K} actions, {device}; {env}")
+        print(f"{folder}: {N} agents, {K} actions, {device}; {env}")
         result = {"heuristic": evaluate(eval_env, lambda obs: eval_env.heuristic())}
         print(f"return of the heuristic: {result['heuristic']:.2f}; {eval_env}")
         if result["heuristic"] > -0.05:
             print("cost_ratio means nothing here: the heuristic has hardly any cost")
-        result["random"] = evaluate(eval_env, lambda obs: torch.randint(K, obs.shape[:2], device="cpu").numpy())
-        again = shlex.join([*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], "--resume", folder])
-        print(f"if it is interrupted, go on with: cd {shlex.quote(os.getcwd())} && {again}")
+        result["random"] = evaluate(eval_env, lambda obs: torch.randint(K, obs.shape[:2]).numpy())
         for episode in range(start, args.episodes + 1, E):  # the number of episodes that are done
-            # EVALUATE
-            if 0 < episode and episode % args.eval_every < E or episode == args.episodes:
+            # EVALUATE at the end, and when eval_every episodes have passed
+            if episode == args.episodes or 0 < episode and episode % args.eval_every < E:
                 torch.manual_seed(args.seed)
-                result["return"] = evaluate(eval_env, lambda obs: act(obs).sample().cpu().numpy())
+                result["return"] = evaluate(eval_env, lambda obs: pi(obs).sample().cpu().numpy())
                 result["cost_ratio"] = result["return"] / result["heuristic"] if result["heuristic"] else np.nan
                 if episode == args.episodes:
-                    result["argmax"] = evaluate(eval_env, lambda obs: act(obs).logits.argmax(-1).cpu().numpy())
+                    result["argmax"] = evaluate(eval_env, lambda obs: pi(obs).logits.argmax(-1).cpu().numpy())
                 for name, value in result.items():
                     writer.add_scalar(f"eval/{name}", value, episode)
                 figures = " ".join(f"{name}={value:.3f}" for name, value in result.items())
@@ -176,7 +176,7 @@ def train(args, make_env=cloud):
                 # ROLLOUT
                 steps, states, rewards = [], [], []
                 for _ in range(first, min(first + args.num_steps, env.rounds)):
-                    dist = act(next_obs)
+                    dist = pi(next_obs)
                     actions = dist.sample()
                     steps.append((torch.tensor(next_obs, device=device), actions, dist.log_prob(actions)))
                     states.append(torch.tensor(next_obs, device=device).flatten(2))
@@ -192,9 +192,9 @@ def train(args, make_env=cloud):
                 returns = advantages + values[:-1]
                 unexplained = advantages.var(correction=0) / (returns.var(correction=0) + 1e-8)
                 log["losses/explained_variance"].append(1 - unexplained.item())
-                critic.sums.lerp_(torch.stack([torch.ones_like(returns), returns, returns**2]).flatten(1).mean(1), 0.1)
+                critic.sums.lerp_(torch.stack([(returns**k).mean() for k in range(3)]), 0.1)
                 mean, std = mean_std(critic.sums)
-                b_obs, b_actions, b_logprobs = map(torch.cat, zip(*steps))
+                b_obs, b_actions, b_logprobs = map(torch.cat, zip(*steps))  # [B, N, …]
                 b_states = torch.cat(states[:-1])
                 b_returns = ((returns - mean) / std).flatten(0, 1)
                 advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
@@ -204,8 +204,8 @@ def train(args, make_env=cloud):
                 optimizer.param_groups[0]["lr"] = (1 - args.anneal_lr * progress) ** 2 * args.learning_rate
                 log["charts/learning_rate"].append(optimizer.param_groups[0]["lr"])
                 for _ in range(args.update_epochs):
-                    for index in torch.randperm(len(b_obs), device="cpu").chunk(args.num_minibatches):
-                        sample = index.unsqueeze(1), torch.randperm(N, device="cpu")[: args.minibatch_agents]
+                    for index in torch.randperm(len(b_obs)).chunk(args.num_minibatches):
+                        sample = index.unsqueeze(1), torch.randperm(N)[: args.minibatch_agents]
                         dist = Categorical(logits=actor(b_obs[sample]), validate_args=False)
                         logratio = dist.log_prob(b_actions[sample]) - b_logprobs[sample]
                         ratio = logratio.exp()  # ρ = π(a)/π_old(a)
@@ -214,7 +214,7 @@ def train(args, make_env=cloud):
                         advantage = b_advantages[sample]
                         policy_loss = -torch.min(ratio * advantage, clipped * advantage).mean()
                         entropy = dist.entropy().mean()
-                        value_loss = F.huber_loss(critic(b_states[index]), b_returns[index], delta=10.0)
+                        value_loss = nn.functional.huber_loss(critic(b_states[index]), b_returns[index], delta=10.0)
                         optimizer.zero_grad()
                         (policy_loss - args.ent_coef * entropy + value_loss).backward()
                         for net in (actor, critic):
