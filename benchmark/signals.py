@@ -9,10 +9,9 @@ import tyro
 from runs import Args, first, head, line, ratios, shown, sweep, until
 from scaling import baseline, guided
 
-SIZES, SEEDS = (5, 20, 50), (1, 2, 3)
-BUDGETS = {5: 1600, 20: 4000, 50: 4000}
+SIZES, SEEDS, BUDGET = (5, 20, 50), (1, 2, 3), 1600
 LONG = "--eval-every 40"  # the baselines' own batches
-SHORT = "--num-envs 1 --num-steps 5 --num-minibatches 1 --learning-rate 1.5e-2 --anneal-lr --ent-coef 0"  # DG-PG's
+SHORT = "--num-envs 1 --num-steps 5 --num-minibatches 1 --learning-rate 1.5e-2 --anneal-lr --ent-coef 0.03"  # DG-PG's
 SHORT += " --episodes 10 --eval-every 1"
 SIGNALS = {  # what is learnt from, and by what: script with its variant, options
     "−d/N, shared by all: MAPPO": ("benchmark/variants.py mappo shared-model", LONG),
@@ -33,7 +32,7 @@ def jobs(name, n):
     if name in UNCHANGED:
         return UNCHANGED[name](n)
     script, options = SIGNALS[name]
-    options = f"--episodes {BUDGETS[n]} {options}" if options == LONG else options
+    options = f"--episodes {BUDGET} {options}" if options == LONG else options
     return [(script, n, seed, options) for seed in SEEDS]
 
 
