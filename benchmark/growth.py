@@ -2,12 +2,12 @@
 
 Every agent reaches 4 servers, and the target is a return 97 % of the way from random placement to the greedy use of
 the model in turn. A run that does not get there enters the fit with its whole budget, so that the slope is then a
-lower bound. Writes measured/growth.csv and growth.svg, and prints the table.
+lower bound. Writes measured/growth.csv, and prints the table.
 """
 
 import numpy as np
 import tyro
-from runs import Args, head, line, save, scenarios, slope, sweep, until
+from runs import Args, head, line, scenarios, slope, sweep, until
 from yardsticks import in_turn, model
 
 from dgpg import evaluate
@@ -25,12 +25,9 @@ def jobs(name, n):
 
 
 def main(args):
-    import matplotlib.pyplot as plt
-
     found = sweep("growth", [job for n in SIZES for name in KINDS for job in jobs(name, n)], args)
-    figure, axes = plt.subplots(figsize=(6, 4))
     head("episodes", *(f"N = {n}" for n in SIZES), "slope")
-    for color, (name, (_, budget, _)) in enumerate(KINDS.items()):
+    for name, (_, budget, _) in KINDS.items():
         points, cells = [], []  # N, episodes until the target or NaN
         for n in SIZES:
             env = scenarios(n, servers_per_agent=4)
@@ -48,14 +45,6 @@ def main(args):
         episodes = np.where(never, [budget[size] for size in n], episodes)
         beta, error = slope(n, episodes)
         line(name, *cells, f"{'≥ ' if never.any() else ''}{beta:.2f} ± {error:.2f}")
-        axes.loglog(n[~never], episodes[~never], "o", ms=4, color=f"C{color}", label=name)
-        axes.loglog(n[never], episodes[never], "x", ms=6, color=f"C{color}")
-    axes.set_xticks(SIZES, SIZES)
-    axes.minorticks_off()
-    axes.set(xlabel="agents N", ylabel="episodes; ×: not reached within that many", title="97 % of the way")
-    axes.legend()
-    if found:
-        save(figure, "growth")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ over tasks (so that an agent's own effect does not depend on N), less its mean o
 the guidance; or the latter's expectation over the own action, −Σ_t Σ_a g_i,t(a) ∇ π(a). Three cases: an actor at its
 initial weights, one trained by DG-PG, and an initial one with another scenario for every sample. Each for several sets
 of scenarios; ± is the standard error over the sets.
-Writes measured/variance.csv (a row that is there is not repeated) and variance.svg, and prints the table.
+Writes measured/variance.csv (a row that is there is not repeated), and prints the table.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import tyro
-from runs import MEASURED, append, head, line, read, save, slope, trained
+from runs import MEASURED, append, head, line, read, slope, trained
 from torch.distributions import Categorical
 from torch.func import functional_call, jacrev, vmap
 
@@ -123,8 +123,6 @@ def spread(values):
 
 
 def main(args):
-    import matplotlib.pyplot as plt
-
     torch.set_num_threads(1)
     path = MEASURED / "variance.csv"
     there = {(row["case"], row["n_agents"], row["set"]) for row in read(path)}
@@ -143,7 +141,6 @@ def main(args):
 
     rows = read(path)
     names = [name for name in rows[0] if name not in ("case", "set", "n_agents", "alpha_measured")]
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6))
     head("", "N", *names)
     for case in CASES:
         table = {(row["n_agents"], row["set"]): row for row in rows if row["case"] == case}
@@ -153,16 +150,6 @@ def main(args):
             line(case, f"{n:.0f}", *(spread(values[name][:, column]) for name in names))
         slopes = {name: [slope(sizes, value)[0] for value in values[name]] for name in names}
         line(case, "slope", *(spread(slopes[name]) for name in names))
-        if case == "untrained":
-            for axes, kind in zip(panels, ("variance", "noise")):
-                for name in (name for name in names if name.endswith(kind)):
-                    label = f"{name.removesuffix(f'_{kind}')}: N^{np.mean(slopes[name]):.2f}"
-                    axes.loglog(sizes, values[name].mean(0), "o-", ms=3, label=label)
-                axes.set(xlabel="agents N")
-                axes.legend(fontsize=8)
-    panels[0].set_title("variance of one agent's gradient")
-    panels[1].set_title("squared noise-to-signal ratio")
-    save(figure, "variance")
 
 
 if __name__ == "__main__":

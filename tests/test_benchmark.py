@@ -1,43 +1,26 @@
-"""The benchmarks: statistics by hand, a sweep that goes on, policies against plain loops, rewards against definitions."""
-
-import pathlib
+"""The benchmarks: statistics by hand, a sweep that goes on, policies against plain loops, noise of the gradients."""
 
 import numpy as np
 import pytest
+import runs
 import torch
+import variance
+import variants
+from yardsticks import RULES, in_turn, learnt
 
 import analytic_model
 import dgpg
 from cloud_env import CloudEnv
-
-ROOT = pathlib.Path(__file__).parent.parent
+from tests.helpers import play, random_actions, write_trace
 
 
 @pytest.fixture(autouse=True)
-def path_to_the_benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmark")
-
-
-@pytest.fixture
-def runs(monkeypatch, tmp_path):
-    """The module, with all that it writes in a folder of the test."""
-    import runs
-
+def written_in_a_folder_of_the_test(monkeypatch, tmp_path):
     monkeypatch.setattr(runs, "MEASURED", tmp_path / "measured")
     monkeypatch.setattr(runs, "ACTORS", tmp_path / "actors")
-    return runs
 
 
-def busy(n_agents, seed, reach=3):
-    """An environment some rounds after its start, overloaded."""
-    env, rng = CloudEnv(2, n_agents, load=2.0, servers_per_agent=reach), np.random.default_rng(seed)
-    obs, _ = env.reset(seed=seed)
-    for _ in range(8):
-        obs, *_ = env.step(rng.integers(reach, size=(2, n_agents)))
-    return env, obs
-
-
-def test_summaries_by_hand(runs):
+def test_summaries_by_hand():
     rows = [dict(episodes=k, cost_ratio=ratio) for k, ratio in enumerate((9, 2, 0.9, 1.1, 0.5))]
     assert [runs.first(rows), runs.first(rows, limit=0.6), runs.first(rows[:3], limit=2)] == [2, 4, 1]
     assert np.isnan(runs.first(rows[:2]))
@@ -53,7 +36,7 @@ def test_summaries_by_hand(runs):
     assert bent == pytest.approx((0, (2 / 3 / 1 / 2) ** 0.5))
 
 
-def test_a_sweep_goes_on_where_it_was(runs, monkeypatch):
+def test_a_sweep_goes_on_where_it_was(monkeypatch):
     done = []
 
     def run(*job):
@@ -73,116 +56,111 @@ def test_a_sweep_goes_on_where_it_was(runs, monkeypatch):
     assert [row["return"] for row in found[jobs[1]]] == [0, 1]
 
 
-def test_a_file_is_known_by_its_content_and_stays_as_it_was(runs, tmp_path):
-    folders = [tmp_path / name for name in ("a folder", "b")]
-    for k, folder in enumerate(folders):
-        folder.mkdir()
-        rows = "".join(f"{row},{row % (3 + k) + 1},1,2\n" for row in range(60))
-        (folder / "mine.csv").write_text(f"arrival_s,duration_s,cpu,memory_gib\n{rows}")
-    (tmp_path / "link.csv").symlink_to(folders[0] / "mine.csv")
-    paths = [folders[0] / "mine.csv", folders[1] / "mine.csv", tmp_path / "link.csv"]
-    before = [path.read_bytes() for path in paths]
+def test_a_file_is_known_by_its_content_and_a_job_keeps_rows_and_actor(tmp_path):
+    (tmp_path / "a folder").mkdir()
+    paths = [tmp_path / "a folder/mine.csv", tmp_path / "other.csv", tmp_path / "link.csv"]
+    for k, path in enumerate(paths[:2]):
+        write_trace(path, [(row, row % (3 + k) + 1, 1, 2) for row in range(60)])
+    paths[2].symlink_to(paths[0])
     names = [runs.by_content(path) for path in paths]
     assert names[0] == names[2] != names[1]
-
-    options = f"--rounds 4 --load 3 --episodes 2 --num-envs 1 --eval-every 1 --trace {names[2]}"
-    job = ("benchmark/variants.py ippo own-model", 2, 1, options)
+    options = f"--rounds 4 --load 3 --episodes 2 --num-envs 1 --eval-every 1 --trace {names[0]}"
+    job = ("benchmark/variants.py ippo own-model", 2, 7, options)
     (rows,) = runs.sweep("name", [job], runs.Args()).values()
-    assert [path.read_bytes() for path in paths] == before and paths[2].is_symlink()
-    assert {path.name for path in tmp_path.iterdir()} == {"a folder", "b", "link.csv", "measured", "actors"}
-
     assert [row["episodes"] for row in rows] == [1, 2]  # a row per evaluation
     assert all(row["cost_ratio"] == pytest.approx(row["return"] / row["heuristic"], abs=0.01) for row in rows)
     saved = torch.load(runs.trained(job), weights_only=True)  # kept, not trained anew
-    assert saved["system"] == "Rewarded" and "0.weight" in saved["actor"]
+    assert saved["system"] == "Rewarded" and saved["args"]["seed"] == 7 and "0.weight" in saved["actor"]
     assert list(runs.sweep("name", [job], runs.Args())) == [job]
+
+
+def busy(n_agents, seed):
+    """An environment some rounds after its start, overloaded."""
+    env = CloudEnv(2, n_agents, load=2.0, servers_per_agent=3)
+    play(env, 7, seed=seed)
+    return env, env._observe()[0]
+
+
+def one_after_another(env, actions):
+    """Environment, agent, and utilisation x with the actions of those before it."""
+    for e in range(len(actions)):
+        x = env.x[e].copy()
+        for agent in np.concatenate(env.turns):
+            yield e, agent, x
+            server = env.reach[agent, actions[e, agent]]
+            x[server] += env.demand[env.t, e, agent] / env.capacity[server]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_rules_take_the_best_action_of_what_they_see(seed):
-    from yardsticks import RULES, in_turn
-
     env, obs = busy(9, seed)
     assert (in_turn(env, RULES["Best-Fit"](env))(obs) == env.heuristic()).all()
-
-    def distance(x, e):
-        return 0.5 * ((x - env.offered_load[env.t, e] / env.capacity.sum(0)) ** 2).sum()
-
-    for name in ("least loaded", "model"):
-        decide = RULES[name](env)
-        for turns, actions in ((True, in_turn(env, decide)(obs)), (False, decide(obs))):
-            for e in range(2):
-                x = env.x[e].copy()
-                for agent in np.concatenate(env.turns):
-                    scores = []
-                    for server in env.reach[agent]:
-                        z = np.zeros_like(x)
-                        z[server] = env.demand[env.t, e, agent] / env.capacity[server]
-                        of_model = distance(x + z, e) - distance(x, e) + 0.5 * (z**2).sum()  # g
-                        scores.append(of_model if name == "model" else (x + z)[server].max())
-                    assert actions[e, agent] == np.argmin(scores), (name, turns, e, agent)
-                    if turns:
-                        server = env.reach[agent, actions[e, agent]]
-                        x[server] += env.demand[env.t, e, agent] / env.capacity[server]
+    actions = {name: in_turn(env, RULES[name](env))(obs) for name in ("least loaded", "model")}
+    for name, of_name in actions.items():
+        for e, agent, x in one_after_another(env, of_name):
+            near = env.reach[agent]
+            z = env.demand[env.t, e, agent] / env.capacity[near]  # [K, 2]
+            g = ((x[near] + z - env.offered_load[env.t, e] / env.capacity.sum(0)) * z).sum(-1)
+            scores = g if name == "model" else (x[near] + z).max(-1)
+            assert of_name[e, agent] == scores.argmin(), name
 
 
-def test_an_actor_in_turn_sees_the_placements_before_its_own(tmp_path):
-    from yardsticks import in_turn, learnt
-
+def test_an_actor_in_turn_sees_the_placements_before_its_own():
     torch.manual_seed(0)
     actor = dgpg.network(7, 32, output_gain=1.0)
     actor[0].weight.data[:, 2:] = 0  # of the utilisations alone, so that others' placements count
-    torch.save({"actor": actor.state_dict()}, tmp_path / "actor.pt")
+    torch.save({"actor": actor.state_dict()}, "actor.pt")
     env, obs = busy(7, 1)
-    decide = learnt(tmp_path / "actor.pt", argmax=True)
+    decide = learnt("actor.pt", argmax=True)
     actions = in_turn(env, decide)(obs)
-    for e in range(2):
-        x = env.x[e].copy()
-        for agent in np.concatenate(env.turns):
-            row = obs[e, agent].copy()
-            row[:, 0:2] = np.log1p(x[env.reach[agent]])
-            assert actions[e, agent] == actor(torch.tensor(row)).argmax()
-            server = env.reach[agent, actions[e, agent]]
-            x[server] += env.demand[env.t, e, agent] / env.capacity[server]
+    for e, agent, x in one_after_another(env, actions):
+        row = obs[e, agent].copy()
+        row[:, 0:2] = np.log1p(x[env.reach[agent]])
+        assert actions[e, agent] == actor(torch.tensor(row)).argmax()
     assert (actions != decide(obs)).any()  # which matters here
-    counts = np.zeros((2, 7, 3))
-    sampled = learnt(tmp_path / "actor.pt", argmax=False)
-    for _ in range(2000):
-        counts[np.arange(2)[:, None], np.arange(7), sampled(obs)] += 1
-    assert counts / 2000 == pytest.approx(actor(torch.tensor(obs)).softmax(-1).detach().numpy(), abs=0.06)
+    sampled = learnt("actor.pt", argmax=False)
+    shares = np.mean([np.eye(3)[sampled(obs)] for _ in range(2000)], 0)
+    assert shares == pytest.approx(actor(torch.tensor(obs)).softmax(-1).detach().numpy(), abs=0.06)
 
 
 def test_the_signals_are_what_they_are_called():
-    import variants
-
-    args = dgpg.Args(n_agents=6, rounds=3, servers_per_agent=3)
-    actions = np.random.default_rng(0).integers(3, size=(3, 2, 6))
+    args, rng = dgpg.Args(n_agents=6, rounds=3, servers_per_agent=3), np.random.default_rng(0)
     usual, paid = dgpg.cloud(args, 2), {name: variants.rewarded(name)(args, 2) for name in variants.REWARDS}
     for env in (usual, *paid.values()):
-        env.reset(seed=5)
-    for of_round in actions:
-        demand, load = usual.demand[usual.t], usual.offered_load[usual.t]  # of the round that is played
-        _, reward, _, _, info = usual.step(of_round)
-        rewards = {name: env.step(of_round)[1] for name, env in paid.items()}
+        obs, _ = env.reset(seed=5)
+    for t in range(3):
+        actions = random_actions(obs, rng)
+        _, reward, _, _, info = usual.step(actions)
+        rewards = {name: env.step(actions)[1] for name, env in paid.items()}
         for e in range(2):
-            deviation = info["played"]["x"][e] - load[e] / usual.capacity.sum(0)
+            deviation = info["played"]["x"][e] - usual.offered_load[t, e] / usual.capacity.sum(0)
             d = 0.5 * (deviation**2).sum()
             assert rewards["shared-model"][e] == pytest.approx(-d / 6)
             assert rewards["added-model"][e] == pytest.approx(reward[e] - d / 6)
-            for agent, action in enumerate(of_round[e]):
-                server = usual.reach[agent, action]
-                g = deviation[server] @ (demand[e, agent] / usual.capacity[server])  # ⟨x − x̃, z_i⟩
-                assert rewards["own-model"][e, agent] == pytest.approx(-g)
-    held_out = variants.rewarded("own-model")(args, 2, held_out=True)
-    assert type(held_out) is CloudEnv
+            server = usual.reach[np.arange(6), actions[e]]
+            g = (deviation[server] * usual.demand[t, e] / usual.capacity[server]).sum(-1)  # ⟨x − x̃, z_i⟩
+            assert rewards["own-model"][e] == pytest.approx(-g)
+    assert type(variants.rewarded("own-model")(args, 2, held_out=True)) is CloudEnv
 
 
 def test_an_altered_model_is_told_another_load():
-    import variants
-
-    load, capacity = torch.rand(5, 2), torch.rand(4, 2)
-    for name, told in (("zero-reference", 0 * load), ("demand-30-percent-low", 0.7 * load)):
+    load, capacity = torch.rand(12, 2), torch.rand(4, 2)
+    stale = load[[0] * 5 + [5] * 5 + [10] * 2]
+    told = {"zero-reference": 0 * load, "demand-30-percent-low": 0.7 * load, "stale-reference": stale}
+    for name, known in told.items():
         x_ref = variants.altered(name).reference_state(offered_load=load, capacity=capacity)
-        assert torch.equal(x_ref, analytic_model.reference_state(told, capacity))
-    held = variants.altered("stale-reference").reference_state(offered_load=load, capacity=capacity)
-    assert torch.equal(held, analytic_model.reference_state(load[:1].expand(5, 2), capacity))
+        assert torch.equal(x_ref, analytic_model.reference_state(known, capacity))
+
+
+def test_noise_of_the_return_grows_with_n_and_of_the_guidance_does_not():
+    sizes = (12, 36, 96)
+    rows = [variance.measure(n, scenarios=2, samples=64, rounds=20, alpha=0.5) for n in sizes]
+    slopes = {name: runs.slope(np.array(sizes), np.array([row[name] for row in rows]))[0] for name in rows[0]}
+    assert 0.75 < slopes["return_variance"] < 1.25
+    assert 0.6 < slopes["return_noise"] < 1.5
+    assert slopes["mixture_variance"] > 0.6  # at a fixed α the return's noise is still there
+    for name in ("guidance_variance", "guidance_noise", "expectation_variance", "optimum_variance"):
+        assert abs(slopes[name]) < 0.3, name
+    for row in rows:
+        assert row["alpha_star"] == pytest.approx(row["alpha_measured"], abs=0.1)
+        assert row["expectation_variance"] < 0.9 * row["guidance_variance"]

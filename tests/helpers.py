@@ -1,0 +1,64 @@
+"""What several test files need."""
+
+import itertools
+import os
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import dgpg
+import ippo
+import mappo
+
+ROOT = pathlib.Path(dgpg.__file__).parent
+HEADER = "arrival_s,duration_s,cpu,memory_gib\n"
+SECONDS = itertools.count(1)
+SCRIPTS = pytest.mark.parametrize("script", [dgpg, mappo, ippo])
+
+
+def random_actions(obs, rng):
+    """Of observations [E, N, K, F]: actions [E, N]."""
+    E, N, K, _ = obs.shape
+    return rng.integers(K, size=(E, N))
+
+
+def handed_out(env, info):
+    """What the model may be given of a round, as tensors by name."""
+    return {name: torch.tensor(value) for name, value in (info["played"] | env.constants).items()}
+
+
+def play(env, before=2, actions=None, seed=3):
+    """After some random rounds one with these actions, or a random one. Returns its reward and what is handed out."""
+    rng = np.random.default_rng(seed)
+    obs, _ = env.reset(seed=seed)
+    for _ in range(before):
+        obs, *_ = env.step(random_actions(obs, rng))
+    _, reward, _, _, info = env.step(random_actions(obs, rng) if actions is None else actions)
+    return reward, handed_out(env, info)
+
+
+def train(script, args, make_env, model):
+    """`train` on a system, of which the baselines take no model."""
+    return script.train(args, make_env, model) if script is dgpg else script.train(args, make_env)
+
+
+def only_run(name="*"):
+    """The folder of the only run of that name."""
+    (run,) = pathlib.Path("runs").glob(f"{name}__n*")
+    return run
+
+
+def scalars(name="*"):
+    """Every scalar of the only run of that name: {tag: [(step, value), ...]}."""
+    read = EventAccumulator(str(only_run(name))).Reload()
+    return {tag: [(event.step, event.value) for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+
+
+def write_trace(path, rows):
+    """A CSV file of rows (arrival, duration, vCPU, GiB)."""
+    pathlib.Path(path).write_text(HEADER + "".join(",".join(map(str, row)) + "\n" for row in rows))
+    second = next(SECONDS)
+    os.utime(path, (second, second))  # by which `load_trace` tells files of one name apart
