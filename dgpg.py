@@ -49,7 +49,7 @@ class Args:
     minibatch_agents: int = 50  # agents that a minibatch draws at random, all if there are fewer
     update_epochs: int = 10  # epochs per update
     clip_coef: float = 0.2  # clip range of the policy ratio
-    ent_coef: float = 0.03  # weight of the entropy bonus
+    ent_coef: float = 0.1  # weight of the entropy bonus
     max_grad_norm: float = 0.5  # largest gradient norm, of the actor and of the critic
     alpha_start: float = 1.0  # weight alpha of the guidance at the beginning
     alpha_end: float = 0.5  # weight alpha of the guidance at the end, linear in between
