@@ -59,10 +59,10 @@ def offered_load(scenario):
     """L_t [T + 1, 2]: the demand present after round t's arrivals if nothing ever slowed down (M_t/G/∞)."""
     start = np.concatenate([[0], scenario.delta.cumsum()])  # [T + 1]
     leaves = np.searchsorted(start, start[:, None] + scenario.duration)  # [T + 1, N] the first round without it
-    stays = np.where((leaves > np.arange(len(start))[:, None])[..., None], scenario.demand, 0)
+    leaves = np.maximum(leaves, np.arange(1, len(start) + 1)[:, None])  # each is there when it arrives
     change = np.zeros((len(start) + 1, 2))
-    change[:-1] = stays.sum(1)
-    np.subtract.at(change, leaves, stays)
+    change[:-1] = scenario.demand.sum(1)
+    np.subtract.at(change, leaves, scenario.demand)
     return change[:-1].cumsum(0).clip(0)
 
 
@@ -143,12 +143,12 @@ class CloudEnv:
                 f"trace {path}: its {share} % has {len(part)} rows, n_agents x (rounds + 1) = {needed} needed"
             )
         sizes = np.column_stack([np.diff(rows[:, 0], prepend=rows[0, 0]), rows[:, 1:]])  # time since the row before
-        for column in np.flatnonzero(sizes.sum(0) <= 0):
-            raise InputError(f"trace {path}: {COLUMNS[column]} is the same or 0 in all rows")
+        for column in np.flatnonzero(sizes[:cut].sum(0) <= 0):
+            raise InputError(f"trace {path}: {COLUMNS[column]} is the same or 0 in all rows of the first 80 %")
         for row, column in np.argwhere(sizes > sizes.sum(0) / 2)[:1]:  # it alone would decide the scale
             raise InputError(f"trace {path}: line {row + 2}: {COLUMNS[column]} outweighs all other rows together")
-        # a round is the mean time that N arrivals take; durations as in synthetic load
-        self.trace = part / [sizes[:, 0].mean() * self.n_agents, rows[:, 1].mean() / MEAN_DURATION, 1, 1]
+        time, duration = sizes[:cut, :2].mean(0)  # a round is the mean time of N arrivals, in the part trained on
+        self.trace = part / [time * self.n_agents, duration / MEAN_DURATION, 1, 1]
         if held_out:
             self._starts = np.linspace(0, len(self.trace) - needed, self.num_envs).astype(int)
 

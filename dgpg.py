@@ -49,7 +49,7 @@ class Args:
     minibatch_agents: int = 50  # agents that a minibatch draws at random, all if there are fewer
     update_epochs: int = 10  # epochs per update
     clip_coef: float = 0.2  # clip range of the policy ratio
-    ent_coef: float = 0.1  # weight of the entropy bonus
+    ent_coef: float = 0.0  # weight of the entropy bonus
     max_grad_norm: float = 0.5  # largest gradient norm, of the actor and of the critic
     alpha_start: float = 1.0  # weight alpha of the guidance at the beginning
     alpha_end: float = 0.5  # weight alpha of the guidance at the end, linear in between
@@ -129,8 +129,8 @@ def train(args, make_env=cloud, model=analytic_model):
             raise InputError(f"{file} is no checkpoint: {error!r}") from None
     if args.resume is not None:
         others = dict(asdict(args).items() - asdict(type(args)(resume=path)).items())  # not at their defaults
-        if others or not os.path.isdir(path) or saved.get("script") != script:
-            raise InputError(f"resume: {path} must be a folder of {script}, and no other option given: {[*others]}")
+        if others or not os.path.isdir(path) or saved.get("script") != script or vars(args).keys() ^ saved["args"]:
+            raise InputError(f"resume: {path} must be a folder of this {script}, no other option given: {[*others]}")
         args = type(args)(**saved["args"] | {"resume": path})
     for low, high, names in (
         (1, 10**9, "eval_every num_envs num_steps num_minibatches minibatch_agents update_epochs"),
@@ -169,7 +169,7 @@ def train(args, make_env=cloud, model=analytic_model):
     folder = args.resume or f"runs/{args.exp_name}__n{N}__{args.seed}__{time.time_ns()}"
     with SummaryWriter(folder, purge_step=start + 1) as writer:  # what follows the checkpoint is logged again
         writer.add_text("hyperparameters", str(args))
-        print(f"{folder}: {N} agents, {K} actions, {device}; {env}")
+        print(f"{folder}: {args.episodes} episodes of {N} agents with {K} actions, {device}; {env}")
         result = {"heuristic": evaluate(eval_env, lambda obs: eval_env.heuristic())}
         print(f"return of the heuristic: {result['heuristic']:.2f}; {eval_env}")
         if result["heuristic"] > -0.05:
@@ -228,7 +228,7 @@ def train(args, make_env=cloud, model=analytic_model):
                 # GUIDANCE: the paper adds −α g_i(a_i) to the advantage, for the action taken. Here every action a gets
                 # −α π_old(a) g_i(a): with the loss's ratio ρ = π/π_old that is Σ_a π_old(a) ρ(a) g_i(a) = E_{a~π} g_i(a)
                 b_played = {name: torch.cat([step[name] for step in played]) for name in played[0]}
-                x = b_played.pop("x")  # the model does not see it: x̃ and z are the same whatever the actions
+                x = b_played.pop("x")  # the model does not see it: x̃ and z are the same for all actions
                 x_ref = model.reference_state(**b_played, **constants)
                 z, touched = model.local_influence(**b_played, **constants)
                 g = guidance(x, x_ref, z, touched, b_actions).float()  # g_i(a) [B, N, K]

@@ -105,8 +105,8 @@ def train(args, make_env=cloud):
             raise InputError(f"{file} is no checkpoint: {error!r}") from None
     if args.resume is not None:
         others = dict(asdict(args).items() - asdict(type(args)(resume=path)).items())  # not at their defaults
-        if others or not os.path.isdir(path) or saved.get("script") != script:
-            raise InputError(f"resume: {path} must be a folder of {script}, and no other option given: {[*others]}")
+        if others or not os.path.isdir(path) or saved.get("script") != script or vars(args).keys() ^ saved["args"]:
+            raise InputError(f"resume: {path} must be a folder of this {script}, no other option given: {[*others]}")
         args = type(args)(**saved["args"] | {"resume": path})
     for low, high, names in (
         (1, 10**9, "eval_every num_envs num_steps num_minibatches minibatch_agents update_epochs"),
@@ -144,7 +144,7 @@ def train(args, make_env=cloud):
     folder = args.resume or f"runs/{args.exp_name}__n{N}__{args.seed}__{time.time_ns()}"
     with SummaryWriter(folder, purge_step=start + 1) as writer:  # what follows the checkpoint is logged again
         writer.add_text("hyperparameters", str(args))
-        print(f"{folder}: {N} agents, {K} actions, {device}; {env}")
+        print(f"{folder}: {args.episodes} episodes of {N} agents with {K} actions, {device}; {env}")
         result = {"heuristic": evaluate(eval_env, lambda obs: eval_env.heuristic())}
         print(f"return of the heuristic: {result['heuristic']:.2f}; {eval_env}")
         if result["heuristic"] > -0.05:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -162,14 +163,20 @@ class Wrong(CloudEnv):
         return obs, reward - math.inf if self.wrong else reward, *rest
 
 
+@dataclass
+class More(Args):
+    width: int = 3  # an option of another program's
+
+
 def test_what_cannot_be_resumed_is_named_and_nothing_is_touched():
     train(Args(**SMALL, episodes=1))
     run = only_run()
     before, path = contents(), run / "checkpoint.pt"
     for refused, message in (
-        (lambda: train(Args(resume=str(path))), "must be a folder of dgpg.py"),
+        (lambda: train(Args(resume=str(path))), "must be a folder of this dgpg.py"),
         (lambda: train(Args(resume=str(run), seed=2)), r"no other option given: \['seed'\]"),
-        (lambda: mappo.train(mappo.Args(resume=str(run))), "must be a folder of mappo.py"),
+        (lambda: train(More(resume=str(run))), "must be a folder of this dgpg.py"),
+        (lambda: mappo.train(mappo.Args(resume=str(run))), "must be a folder of this mappo.py"),
         (lambda: train(Args(resume=str(run)), Wrong), "a run on CloudEnv, not on Wrong"),
         (lambda: train(Args(**SMALL, init_actor=str(run)), Wrong), "a run on CloudEnv, not on Wrong"),
     ):
