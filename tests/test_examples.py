@@ -215,7 +215,7 @@ def test_bad_options_and_actions_are_refused(system):
     "system, model, options, bar",
     [
         (traffic, traffic_model, dict(n_agents=30, rounds=10, episodes=4), 10),
-        (power, power_model, dict(n_agents=12, rounds=10, episodes=6, eval_every=6), 2.6),
+        (power, power_model, dict(n_agents=12, rounds=10, episodes=6, num_envs=1, eval_every=6), 2.6),
     ],
 )
 def test_dgpg_learns_what_random_untrained_and_unguided_agents_miss(system, model, options, bar):

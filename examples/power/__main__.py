@@ -11,7 +11,8 @@ from examples.power.power_env import PowerEnv
 @dataclass
 class Args(dgpg.Args):
     exp_name: str = "power"  # the name of this experiment
-    episodes: int = 20  # training episodes: at N = 100 one of three seeds has learnt to spread by then
+    episodes: int = 80  # training episodes: ten, of eight environments each
+    num_envs: int = 8  # environments E that step together: with one or four some seeds never learn to spread
     load: float = 0.8  # energy of a night's cars as a fraction of what the valley below the ratings holds
     servers_per_agent: int = 8  # plans K of each car: start slots spread evenly over the night
 
