@@ -53,7 +53,7 @@ class Args:
     max_grad_norm: float = 0.5  # largest gradient norm, of the actor and of the critic
     alpha_start: float = 1.0  # weight alpha of the guidance at the beginning
     alpha_end: float = 0.5  # weight alpha of the guidance at the end, linear in between
-    own_action_expectation: bool = True  # guide all own actions by their probabilities; or the sampled one
+    own_action_expectation: bool = True  # guide every own action by its probability; or the one taken
 
 
 def cloud(args, num_envs, held_out=False):
@@ -67,7 +67,7 @@ def network(inputs, hidden, output_gain):
     for layer, gain in zip(layers, (np.sqrt(2), np.sqrt(2), output_gain)):
         nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
-    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2], nn.Flatten(-2))
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2], nn.Flatten(-2))  # the last axis goes
 
 
 def mean_std(sums):
@@ -89,16 +89,16 @@ def guidance(x, x_ref, z, touched, actions):
     """g_i(a) = ⟨x − z_i + z_i(a) − x̃, z_i(a)⟩: of every action a, had agent i taken it instead (Yang & Liu 2026).
 
     x, x_ref: state after the joint action and reference x̃ [B, M, R]. z: what every action adds [B, N, K, J, R] to the
-    components `touched` [B, N, K, J], each at most once where z is not 0. actions: the ones taken [B, N].
-    Returns [B, N, K]: for the action taken ⟨x − x̃, z_i⟩, the derivative of d = ½‖x − x̃‖² along z_i.
+    components `touched` [B, N, K, J], of which an action repeats none unless z = 0 there. actions: those taken [B, N].
+    Returns [B, N, K]. z_i is that of the action taken, there g_i = ⟨x − x̃, z_i⟩, the derivative of d = ½‖x − x̃‖².
     """
     assert x.shape == x_ref.shape and touched.shape == z.shape[:-1] and actions.shape == z.shape[:2]
     batch = torch.arange(len(x), device=x.device)[:, None, None, None]
     deviation = (x - x_ref)[batch, touched]  # x − x̃ where each action acts [B, N, K, J, R]
-    own_z = z.take_along_dim(actions[..., None, None, None], 2)  # [B, N, 1, J, R]
-    own_touched = touched.take_along_dim(actions[..., None, None], 2)  # [B, N, 1, J]
-    same = touched.unsqueeze(-1) == own_touched.unsqueeze(-2)  # is a's component the taken one's [B, N, K, J, J]
-    own = (same * (z @ own_z.mT)).sum((-2, -1))  # ⟨z_i, z_i(a)⟩: what the action taken has put there itself
+    taken_z = z.take_along_dim(actions[..., None, None, None], 2)  # [B, N, 1, J, R]
+    taken_touched = touched.take_along_dim(actions[..., None, None], 2)  # [B, N, 1, J]
+    same = touched.unsqueeze(-1) == taken_touched.unsqueeze(-2)  # is a's component the taken one's [B, N, K, J, J]
+    own = (same * (z @ taken_z.mT)).sum((-2, -1))  # ⟨z_i, z_i(a)⟩: what the action taken has put there itself
     return ((deviation + z) * z).sum((-2, -1)) - own
 
 
@@ -128,9 +128,9 @@ def train(args, make_env=cloud, model=analytic_model):
         except Exception as error:
             raise InputError(f"{file} is no checkpoint: {error!r}") from None
     if args.resume is not None:
-        others = dict(asdict(args).items() - asdict(type(args)(resume=path)).items())  # not at their defaults
-        if others or not os.path.isdir(path) or saved.get("script") != script or vars(args).keys() ^ saved["args"]:
-            raise InputError(f"resume: {path} must be a folder of this {script}, no other option given: {[*others]}")
+        others = [name for name, value in vars(args).items() if value != getattr(type(args)(resume=path), name)]
+        if others or not os.path.isdir(path) or saved.get("script") != script or [*vars(args)] != [*saved["args"]]:
+            raise InputError(f"resume: {path} must be a folder of this {script}, no other option given: {others}")
         args = type(args)(**saved["args"] | {"resume": path})
     for low, high, names in (
         (1, 10**9, "eval_every num_envs num_steps num_minibatches minibatch_agents update_epochs"),
@@ -177,7 +177,7 @@ def train(args, make_env=cloud, model=analytic_model):
         result["random"] = evaluate(eval_env, lambda obs: torch.randint(K, obs.shape[:2]).numpy())
         for episode in range(start, args.episodes + 1, E):  # the number of episodes that are done
             # EVALUATE at the end, and when eval_every episodes have passed
-            if episode == args.episodes or 0 < episode and episode % args.eval_every < E:
+            if episode == args.episodes or (0 < episode and episode % args.eval_every < E):
                 torch.manual_seed(args.seed)
                 result["return"] = evaluate(eval_env, lambda obs: pi(obs).sample().cpu().numpy())
                 result["cost_ratio"] = result["return"] / result["heuristic"] if result["heuristic"] else np.nan
@@ -205,7 +205,7 @@ def train(args, make_env=cloud, model=analytic_model):
                     actions = dist.sample()
                     steps.append((torch.tensor(next_obs, device=device), actions, dist.logits))  # logits are log π(a)
                     states.append(torch.tensor(info["state"], device=device))
-                    next_obs, reward, _, _, info = env.step(actions.cpu().numpy().copy())
+                    next_obs, reward, _, _, info = env.step(actions.cpu().numpy().copy())  # it may keep them
                     rewards.append(torch.tensor(reward, device=device))
                     played.append({name: torch.tensor(value, device=device) for name, value in info["played"].items()})
                 states.append(torch.tensor(info["state"], device=device))  # the last one is bootstrapped from
@@ -218,7 +218,7 @@ def train(args, make_env=cloud, model=analytic_model):
                 returns = advantages + values[:-1]
                 unexplained = advantages.var(correction=0) / (returns.var(correction=0) + 1e-8)
                 log["losses/explained_variance"].append(1 - unexplained.item())
-                critic.sums.lerp_(torch.stack([(returns**k).mean() for k in range(3)]), 0.1)
+                critic.sums.lerp_(torch.stack([(returns**k).mean() for k in range(3)]), 0.1)  # 1, G, G²
                 mean, std = mean_std(critic.sums)
                 b_obs, b_actions, b_logprobs = map(torch.cat, zip(*steps))  # [B, N, …]
                 b_states = torch.cat(states[:-1])
@@ -226,9 +226,9 @@ def train(args, make_env=cloud, model=analytic_model):
                 advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
 
                 # GUIDANCE: the paper adds −α g_i(a_i) to the advantage, for the action taken. Here every action a gets
-                # −α π_old(a) g_i(a): with the loss's ratio ρ = π/π_old that is Σ_a π_old(a) ρ(a) g_i(a) = E_{a~π} g_i(a)
+                # −α π_old(a) g_i(a). The loss sums it times ρ = π/π_old over a: −α Σ_a π(a) g_i(a) = −α E_{a~π} g_i(a)
                 b_played = {name: torch.cat([step[name] for step in played]) for name in played[0]}
-                x = b_played.pop("x")  # the model does not see it: x̃ and z are the same for all actions
+                x = b_played.pop("x")  # kept from the model: x̃ and z must not depend on the actions taken
                 x_ref = model.reference_state(**b_played, **constants)
                 z, touched = model.local_influence(**b_played, **constants)
                 g = guidance(x, x_ref, z, touched, b_actions).float()  # g_i(a) [B, N, K]
@@ -255,7 +255,7 @@ def train(args, make_env=cloud, model=analytic_model):
                         # L = −min(ρ Â, clip(ρ, 1−ε, 1+ε) Â) (Schulman et al. 2017, eq. 7)
                         clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
                         advantage = b_advantages[sample]
-                        policy_loss = -torch.min(ratio * advantage, clipped * advantage).sum(-1).mean()
+                        policy_loss = -torch.min(ratio * advantage, clipped * advantage).sum(-1).mean()  # over all a
                         entropy = dist.entropy().mean()
                         value_loss = nn.functional.huber_loss(critic(b_states[index]), b_returns[index], delta=10.0)
                         optimizer.zero_grad()
@@ -266,8 +266,8 @@ def train(args, make_env=cloud, model=analytic_model):
                         log["losses/value_loss"].append(value_loss.item())
                         log["losses/policy_loss"].append(policy_loss.item())
                         log["losses/entropy"].append(entropy.item())
-                        log["losses/approx_kl"].append(-(weight[sample] * logratio).sum(-1).mean().item())
-                        log["losses/clipfrac"].append((weight[sample] * (ratio != clipped)).sum(-1).mean().item())
+                        log["losses/approx_kl"].append(-(pi_old[sample] * logratio).sum(-1).mean().item())
+                        log["losses/clipfrac"].append((pi_old[sample] * (ratio != clipped)).sum(-1).mean().item())
 
             # LOG means over the episode
             done = episode + E
@@ -287,7 +287,7 @@ def train(args, make_env=cloud, model=analytic_model):
 
 
 def main(args=Args, *system):
-    """`train` with options of the class `args` from the command line. Bad input is one line on stderr, and status 1."""
+    """`train` on a system, with options of the class `args` from the command line. Bad input: one line and status 1."""
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # not every terminal has these letters
     torch.set_num_threads(1)  # the matrices are small: a second thread costs more than it brings
     try:

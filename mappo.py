@@ -60,7 +60,7 @@ def network(inputs, hidden, output_gain):
     for layer, gain in zip(layers, (np.sqrt(2), np.sqrt(2), output_gain)):
         nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
-    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2], nn.Flatten(-2))
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2], nn.Flatten(-2))  # the last axis goes
 
 
 def mean_std(sums):
@@ -104,9 +104,9 @@ def train(args, make_env=cloud):
         except Exception as error:
             raise InputError(f"{file} is no checkpoint: {error!r}") from None
     if args.resume is not None:
-        others = dict(asdict(args).items() - asdict(type(args)(resume=path)).items())  # not at their defaults
-        if others or not os.path.isdir(path) or saved.get("script") != script or vars(args).keys() ^ saved["args"]:
-            raise InputError(f"resume: {path} must be a folder of this {script}, no other option given: {[*others]}")
+        others = [name for name, value in vars(args).items() if value != getattr(type(args)(resume=path), name)]
+        if others or not os.path.isdir(path) or saved.get("script") != script or [*vars(args)] != [*saved["args"]]:
+            raise InputError(f"resume: {path} must be a folder of this {script}, no other option given: {others}")
         args = type(args)(**saved["args"] | {"resume": path})
     for low, high, names in (
         (1, 10**9, "eval_every num_envs num_steps num_minibatches minibatch_agents update_epochs"),
@@ -152,7 +152,7 @@ def train(args, make_env=cloud):
         result["random"] = evaluate(eval_env, lambda obs: torch.randint(K, obs.shape[:2]).numpy())
         for episode in range(start, args.episodes + 1, E):  # the number of episodes that are done
             # EVALUATE at the end, and when eval_every episodes have passed
-            if episode == args.episodes or 0 < episode and episode % args.eval_every < E:
+            if episode == args.episodes or (0 < episode and episode % args.eval_every < E):
                 torch.manual_seed(args.seed)
                 result["return"] = evaluate(eval_env, lambda obs: pi(obs).sample().cpu().numpy())
                 result["cost_ratio"] = result["return"] / result["heuristic"] if result["heuristic"] else np.nan
@@ -180,7 +180,7 @@ def train(args, make_env=cloud):
                     actions = dist.sample()
                     steps.append((torch.tensor(next_obs, device=device), actions, dist.log_prob(actions)))
                     states.append(torch.tensor(info["state"], device=device))
-                    next_obs, reward, _, _, info = env.step(actions.cpu().numpy().copy())
+                    next_obs, reward, _, _, info = env.step(actions.cpu().numpy().copy())  # it may keep them
                     rewards.append(torch.tensor(reward, device=device))
                 states.append(torch.tensor(info["state"], device=device))  # the last one is bootstrapped from
                 episodic_return += sum(rewards).mean().item()
@@ -192,7 +192,7 @@ def train(args, make_env=cloud):
                 returns = advantages + values[:-1]
                 unexplained = advantages.var(correction=0) / (returns.var(correction=0) + 1e-8)
                 log["losses/explained_variance"].append(1 - unexplained.item())
-                critic.sums.lerp_(torch.stack([(returns**k).mean() for k in range(3)]), 0.1)
+                critic.sums.lerp_(torch.stack([(returns**k).mean() for k in range(3)]), 0.1)  # 1, G, G²
                 mean, std = mean_std(critic.sums)
                 b_obs, b_actions, b_logprobs = map(torch.cat, zip(*steps))  # [B, N, …]
                 b_states = torch.cat(states[:-1])
@@ -243,7 +243,7 @@ def train(args, make_env=cloud):
 
 
 def main(args=Args, *system):
-    """`train` with options of the class `args` from the command line. Bad input is one line on stderr, and status 1."""
+    """`train` on a system, with options of the class `args` from the command line. Bad input: one line and status 1."""
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # not every terminal has these letters
     torch.set_num_threads(1)  # the matrices are small: a second thread costs more than it brings
     try:
