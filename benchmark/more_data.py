@@ -30,17 +30,14 @@ def mappo(n):
 def main(args):
     found = sweep("more_data", [job for n in BUDGETS for budget in BUDGETS[n] for job in guided(n, budget)], args)
     found |= sweep("scaling", [job for n in BUDGETS for job in mappo(n)], args)
-    head("N", "episodes", "DG-PG", "argmax", "MAPPO", "argmax", "greedy in turn")
+    head("N", "episodes", "DG-PG", "argmax", "MAPPO", "greedy in turn")
     for n in BUDGETS:
         env = scenarios(n)
         greedy = evaluate(env, in_turn(env, model(env))) / evaluate(env, lambda obs: env.heuristic())
         for budget in BUDGETS[n]:
-            cells = []
-            for group in (guided(n, budget), mappo(n)):
-                ends = []  # the runs up to their first evaluation with that many episodes
-                for rows in (found[job] for job in group if job in found):
-                    ends.append([row for row in rows if row["episodes"] >= budget][:1])
-                cells += [shown(ratios(ends)), shown(ratios(ends, argmax=True))]
+            there = [found[job] for job in guided(n, budget) if job in found]
+            runs = [[row for row in found[job] if row["episodes"] >= budget][:1] for job in mappo(n) if job in found]
+            cells = shown(ratios(there)), shown(ratios(there, argmax=True)), shown(ratios(filter(None, runs)))
             line(n, budget, *cells, f"{greedy:.2f}")
 
 
