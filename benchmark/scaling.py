@@ -61,7 +61,7 @@ def draw(found):
     axes.annotate("Best-Fit", (1, 1.05))
     axes.set_xticks((1, 10, 100, 1000), ("1", "10", "100", "1,000"))
     axes.set(xlabel="episodes", ylabel="cost ratio", title="geometric mean over seeds, and their range")
-    axes.legend(fontsize=8, ncols=3)
+    axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     save(figure, "learning")
 
     figure, axes = plt.subplots(figsize=(7, 4))
