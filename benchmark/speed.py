@@ -18,13 +18,12 @@ from runs import ROOT, head, line
 @dataclass
 class Args:
     sizes: tuple[int, ...] = (5, 50, 200, 1500, 10_000)  # numbers of agents
-    script: str = "dgpg.py"  # the file that is run
 
 
-def measure(script, n_agents):
+def measure(n_agents):
     """Seconds at which a run's lines came [lines], from its start; and its peak memory in MiB."""
     times = [time.perf_counter()]
-    command = [sys.executable, ROOT / script, "--n-agents", str(n_agents)]
+    command = [sys.executable, ROOT / "dgpg.py", "--n-agents", str(n_agents)]
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
         for _ in process.stdout:
@@ -38,7 +37,7 @@ def measure(script, n_agents):
 def main(args):
     head("N", "whole run, s", "first line after, s", "longest silence, s", "peak memory, MiB")
     for n in args.sizes:
-        times, memory = measure(args.script, n)
+        times, memory = measure(n)
         line(n, *(f"{seconds:.1f}" for seconds in (times[-1], times[1], np.diff(times).max())), memory)
 
 

@@ -22,7 +22,6 @@ from tests.helpers import SCRIPTS, only_run, play, scalars, train
 
 TINY = dict(n_agents=3, episodes=2, rounds=10, load=2.0, eval_every=1, update_epochs=2, num_minibatches=3, num_steps=10)
 
-
 GAMES = {
     "cloud": (CloudEnv(1, 3), analytic_model),
     "traffic": (TrafficEnv(1, 3, load=0.3, n_routes=3), traffic_model),

@@ -217,6 +217,7 @@ def test_numbers_that_go_wrong_stop_the_run(script):
 WRONG = {
     "--n-agents 0": "n_agents",
     "--load nan": "load",
+    "--load 1e12": "load",
     "--alpha-end -0.1": "alpha_end",
     "--alpha-start nan": "alpha_start",
     "--gamma 1.1": "gamma",
@@ -262,7 +263,7 @@ def test_help_needs_no_unicode(monkeypatch):
     assert b"--n-agents" in written.getvalue()
 
 
-def test_three_files_copied_elsewhere_run_by_themselves(tmp_path):
+def test_three_files_copied_elsewhere_run_by_themselves():
     """With blanks in the name and a trace by a relative path; the finished run resumes to its last line."""
     for name in ("dgpg.py", "cloud_env.py", "analytic_model.py"):
         shutil.copy(ROOT / name, name)
