@@ -14,12 +14,13 @@ BUDGETS = {2: 1600, 5: 1600, 10: 4000, 20: 4000, 50: 4000, 200: 504}  # the base
 RATES = "--learning-rate 1e-3", "--learning-rate 3e-3", "--learning-rate 1e-2"  # a script's own is run again
 BATCHES = "--num-envs 2", "--num-steps 25"
 TUNED, TUNING_SEEDS = (5, 10), (11, 12)  # other seeds than the table's
+UNSEEN = range(101, 111)  # seeds that no default was chosen on, for DG-PG at N = 20 and 50
 SHOWN = (5, 50, 200)  # in learning.svg
 
 
-def guided(n, options=""):
-    """DG-PG's jobs at N agents."""
-    return [("dgpg.py", n, seed, f"--eval-every 1 {options}".strip()) for seed in range(1, SEEDS[n] + 1)]
+def guided(n, options="", seeds=None):
+    """DG-PG's jobs at N agents, of the seeds in `SEEDS` or of others."""
+    return [("dgpg.py", n, seed, f"--eval-every 1 {options}".strip()) for seed in seeds or range(1, SEEDS[n] + 1)]
 
 
 def baseline(script, n):
@@ -78,7 +79,7 @@ def draw(found):
 
 
 def main(args):
-    groups = [guided(n) for n in SEEDS]
+    groups = [guided(n) for n in SEEDS] + [guided(n, seeds=UNSEEN) for n in (20, 50)]
     groups += [baseline(script, n) for script in ("mappo.py", "ippo.py") for n in BUDGETS]
     groups += tuning()
     found = sweep("scaling", [job for group in groups for job in group], args)
@@ -103,7 +104,16 @@ def main(args):
             shown(ratios(runs, argmax=True)),
         )
         memory = max(rows[-1]["peak_mib"] for rows in runs)
-        line(NAMES[script], n, changes, len(runs), until(episodes, budget), *shares, f"{budget:.0f}", f"{memory:.0f}")
+        seeds = [job[2] for job in group if job in found]
+        cells = (
+            changes,
+            f"{seeds[0]} to {seeds[-1]}",
+            until(episodes, budget),
+            *shares,
+            f"{budget:.0f}",
+            f"{memory:.0f}",
+        )
+        line(NAMES[script], n, *cells)
     if len({n for n, _ in points}) > 1:
         beta, error = slope(*np.array(points).T)
         print(f"DG-PG's episodes until Best-Fit: N^{beta:.3f} ± {error:.3f} (standard error, {len(points)} runs)")
