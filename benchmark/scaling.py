@@ -98,22 +98,18 @@ def main(args):
         changes = options.partition("--eval-every ")[2].partition(" ")[2] or "none"
         begins = [rows[0]["cost_ratio"] for rows in runs]
         ends = ratios(runs)
-        shares = (
+        seeds = [job[2] for job in group if job in found]
+        memory = max(rows[-1]["peak_mib"] for rows in runs)
+        cells = (
+            f"{seeds[0]} to {seeds[-1]}",
+            until(episodes, budget),
             f"{shown(begins)}, {max(begins):.2f}",
             f"{shown(ends)}, {max(ends):.2f}",
             shown(ratios(runs, argmax=True)),
-        )
-        memory = max(rows[-1]["peak_mib"] for rows in runs)
-        seeds = [job[2] for job in group if job in found]
-        cells = (
-            changes,
-            f"{seeds[0]} to {seeds[-1]}",
-            until(episodes, budget),
-            *shares,
             f"{budget:.0f}",
             f"{memory:.0f}",
         )
-        line(NAMES[script], n, *cells)
+        line(NAMES[script], n, changes, *cells)
     if len({n for n, _ in points}) > 1:
         beta, error = slope(*np.array(points).T)
         print(f"DG-PG's episodes until Best-Fit: N^{beta:.3f} ± {error:.3f} (standard error, {len(points)} runs)")
