@@ -3,6 +3,7 @@
 At N = 50; with `--trace FILE` also from and to real workload. Writes measured/ablations.csv, and prints two tables.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import runs
@@ -27,6 +28,7 @@ CHANGES = [
     *REFERENCES,
 ]
 SIZES = (5, 10, 20, 50, 100, 200, 500, 1000, 1500)
+TRACE_SIZES = (5, 20, 50, 100, 200)
 LOADS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 
 
@@ -42,11 +44,12 @@ def ablation(change):
     return [("dgpg.py", N, seed, f"--eval-every 1 {change}".strip()) for seed in SEEDS]
 
 
-def elsewhere(job, n, options):
-    """The job that evaluates the actor of another job, without training."""
-    file = actor_file(job)
-    FILES[f"actor_{file.stem}"] = str(file)
-    return "dgpg.py", n, job[2], f"--episodes 0 --init-actor {{actor_{file.stem}}} {options}".strip()
+def elsewhere(jobs, n, options):
+    """The jobs that evaluate the actors of other jobs, without training."""
+    files = {job: actor_file(job) for job in jobs}
+    FILES.update({f"actor_{file.stem}": str(file) for file in files.values()})
+    start = "--episodes 0 --init-actor {{actor_{}}} {}"
+    return [("dgpg.py", n, job[2], start.format(file.stem, options).strip()) for job, file in files.items()]
 
 
 def main(args):
@@ -57,29 +60,35 @@ def main(args):
         there = [found[job] for job in ablation(change) if job in found]
         if there:
             episodes = until([first(rows) for rows in there], there[0][-1]["episodes"])
-            after = [shown([rows[k]["cost_ratio"] for rows in there]) for k in (1, 2, 5)]  # row 0 is the untrained one
+            after = [shown([rows[k - 1]["cost_ratio"] for rows in there]) for k in (1, 2, 5)]  # a row per episode
             ends = shown(ratios(there)), shown(ratios(there, argmax=True))
             line(f"`{change or 'none'}`", episodes, *after, *ends, f"{there[0][0]['heuristic']:.2f}")
 
-    actors = {"synthetic": ablation("")}
-    settings = [(f"synthetic → synthetic, N = {n}", "synthetic", n, "") for n in SIZES]
-    settings += [(f"synthetic → synthetic, load {load}", "synthetic", N, f"--load {load}") for load in LOADS]
+    actors, options = {"synthetic": ablation("")}, {"synthetic": ""}  # by the workload
     if args.trace:
-        trace = f"--trace {by_content(args.trace)}"
-        actors["trace"] = [("dgpg.py", N, seed, f"--eval-every 10 {trace}") for seed in SEEDS]
-        settings += [(f"synthetic → trace, N = {n}", "synthetic", n, trace) for n in (50, 200)]
-        settings += [(f"trace → trace, N = {n}", "trace", n, trace) for n in (5, 20, 50, 100, 200)]
-        settings += [(f"trace → synthetic, N = {n}", "trace", n, "") for n in (50, 200)]
-    jobs = {name: [elsewhere(job, n, options) for job in actors[on]] for name, on, n, options in settings}
+        options["trace"] = f"--trace {by_content(args.trace)}"
+        actors["trace"] = [("dgpg.py", N, seed, f"--eval-every 10 {options['trace']}") for seed in SEEDS]
     if not args.only_show:
         for job in sum(actors.values(), []):
             trained(job)
-    found = sweep("ablations", [job for group in jobs.values() for job in group], args)
-    print()
-    head("trained at N = 50 on → evaluated on", "cost ratio", "argmax")
-    for name, group in jobs.items():
-        there = [found[job] for job in group if job in found]
-        line(name, shown(ratios(there)), shown(ratios(there, argmax=True)))
+    of_size, of_load = {}, {}  # {trained on → evaluated on: {column: jobs}}
+    for (of, jobs), on in itertools.product(actors.items(), options):
+        sizes = SIZES if of == on == "synthetic" else TRACE_SIZES
+        of_size[f"{of} → {on}"] = {f"N = {n}": elsewhere(jobs, n, options[on]) for n in sizes}
+    for name, jobs in actors.items():
+        of_load[f"{name} → {name}"] = {
+            f"load {load}": elsewhere(jobs, N, f"--load {load} {options[name]}") for load in LOADS
+        }
+    tables = of_size, of_load
+    cells = [jobs for table in tables for row in table.values() for jobs in row.values()]
+    found = sweep("ablations", sum(cells, []), args)
+    for table in tables:
+        columns = list(table["synthetic → synthetic"])
+        print()
+        head(f"cost ratio, trained at N = {N} on → evaluated on", *columns)
+        for name, row in table.items():
+            there = [[found[job] for job in row.get(column, []) if job in found] for column in columns]
+            line(name, *(shown(ratios(runs)) for runs in there))
 
 
 if __name__ == "__main__":

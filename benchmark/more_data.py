@@ -30,15 +30,17 @@ def mappo(n):
 def main(args):
     found = sweep("more_data", [job for n in BUDGETS for budget in BUDGETS[n] for job in guided(n, budget)], args)
     found |= sweep("scaling", [job for n in BUDGETS for job in mappo(n)], args)
-    head("N", "episodes", "DG-PG", "argmax", "MAPPO", "greedy in turn")
+    budgets = list(RULE)
+    head("cost ratio after so many episodes", *(f"{budget:,}" for budget in budgets), "greedy in turn")
     for n in BUDGETS:
         env = scenarios(n)
         greedy = evaluate(env, in_turn(env, model(env))) / evaluate(env, lambda obs: env.heuristic())
-        for budget in BUDGETS[n]:
-            there = [found[job] for job in guided(n, budget) if job in found]
-            runs = [[row for row in found[job] if row["episodes"] >= budget][:1] for job in mappo(n) if job in found]
-            cells = shown(ratios(there)), shown(ratios(there, argmax=True)), shown(ratios(filter(None, runs)))
-            line(n, budget, *cells, f"{greedy:.2f}")
+        runs = [[found[job] for job in guided(n, budget) if job in found] for budget in budgets]
+        line(f"DG-PG, N = {n}", *(shown(ratios(there)) for there in runs), f"{greedy:.2f}")
+        line(f"DG-PG, argmax, N = {n}", *(shown(ratios(there, argmax=True)) for there in runs), f"{greedy:.2f}")
+        of_mappo = [found[job] for job in mappo(n) if job in found]
+        at = [[row["cost_ratio"] for rows in of_mappo for row in rows if row["episodes"] == b] for b in budgets]
+        line(f"MAPPO, N = {n}", *map(shown, at), f"{greedy:.2f}")
 
 
 if __name__ == "__main__":
