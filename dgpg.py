@@ -228,7 +228,7 @@ def train(args, make_env=cloud, model=analytic_model):
                 # GUIDANCE: the paper adds −α g_i(a_i) to the advantage, for the action taken. Here every action a gets
                 # −α π_old(a) g_i(a). The loss sums it times ρ = π/π_old over a: −α Σ_a π(a) g_i(a) = −α E_{a~π} g_i(a)
                 b_played = {name: torch.cat([step[name] for step in played]) for name in played[0]}
-                x = b_played.pop("x")  # hidden from the model: x̃ and z must not depend on the actions taken
+                x = b_played.pop("x")  # the model must not see x: x̃ and z must not depend on the actions taken
                 x_ref = model.reference_state(**b_played, **constants)
                 z, touched = model.local_influence(**b_played, **constants)
                 g = guidance(x, x_ref, z, touched, b_actions).float()  # g_i(a) [B, N, K]
