@@ -13,7 +13,8 @@ from dgpg import evaluate
 SEEDS = (1, 2, 3)
 BUDGETS = {5: (10, 40, 160, 640, 1600), 20: (10, 40, 160, 640, 1600), 50: (10, 40, 160, 640, 1600), 200: (640,)}
 MORE = "--num-envs 8 --alpha-end 0"  # chosen on seeds 11 and 12, N = 5 and 20, 160 episodes
-RULE = {10: "", 40: MORE, 160: MORE, 640: MORE, 1600: MORE}
+MOST = f"{MORE} --num-steps 100 --num-minibatches 20"  # on the same seeds, N = 5 after 1,600, 20 and 50 after 640
+RULE = {10: "", 40: MORE, 160: MORE, 640: MOST, 1600: MOST}
 
 
 def guided(n, budget):
