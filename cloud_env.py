@@ -118,7 +118,7 @@ class CloudEnv:
     def __init__(
         self, num_envs, n_agents, rounds=100, load=0.8, servers_per_agent=8, trace=None, held_out=False, capacity=None
     ):
-        if not 0 < load <= 1e6 or min(num_envs, n_agents, rounds, servers_per_agent) < 1:
+        if not 0 < load <= 1e6 or min(num_envs, n_agents, rounds, servers_per_agent) < 1:  # above, g² overflows
             raise InputError("load must be in (0, 1e6]; num_envs, n_agents, rounds and servers_per_agent at least 1")
         self.num_envs, self.n_agents, self.rounds, self.load = num_envs, n_agents, rounds, load
         rng = np.random.default_rng(0)

@@ -1,6 +1,6 @@
 """The guidance, its short batches and a right reference state make DG-PG; the actor carries over to other N and loads.
 
-At N = 50; with `--trace FILE` also from and to real workload. Writes measured/ablations.csv, and prints two tables.
+At N = 50; with `--trace FILE` also from and to real workload. Writes measured/ablations.csv, and prints three tables.
 """
 
 import itertools

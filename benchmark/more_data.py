@@ -11,10 +11,10 @@ from yardsticks import in_turn, model
 from dgpg import evaluate
 
 SEEDS = (1, 2, 3)
-BUDGETS = {5: (10, 40, 160, 640, 1600), 20: (10, 40, 160, 640, 1600), 50: (10, 40, 160, 640, 1600), 200: (640,)}
 MORE = "--num-envs 8 --alpha-end 0"  # chosen on seeds 11 and 12, N = 5 and 20, 160 episodes
-MOST = f"{MORE} --num-steps 100 --num-minibatches 20"  # on the same seeds, N = 5 after 1,600, 20 and 50 after 640
-RULE = {10: "", 40: MORE, 160: MORE, 640: MOST, 1600: MOST}
+MOST = f"{MORE} --num-steps 100 --num-minibatches 20"  # also, N = 5 (1,600 episodes), 20 and 50 (640)
+RULE = {10: "", 40: MORE, 160: MORE, 640: MOST, 1600: MOST}  # options after so many episodes
+BUDGETS = dict.fromkeys((5, 20, 50), tuple(RULE)) | {200: (640,)}  # episodes at each N
 
 
 def guided(n, budget):
@@ -24,23 +24,22 @@ def guided(n, budget):
 
 
 def mappo(n):
-    """MAPPO's jobs at N agents. Its rate does not fall, so that one run has all budgets; its first evaluation is at 40."""
+    """MAPPO's jobs at N agents. Its rate does not fall, so that one run has all budgets, from 40 on."""
     return baseline("mappo.py", n)[: len(SEEDS)]
 
 
 def main(args):
     found = sweep("more_data", [job for n in BUDGETS for budget in BUDGETS[n] for job in guided(n, budget)], args)
     found |= sweep("scaling", [job for n in BUDGETS for job in mappo(n)], args)
-    budgets = list(RULE)
-    head("cost ratio after so many episodes", *(f"{budget:,}" for budget in budgets), "greedy in turn")
+    head("cost ratio after so many episodes", *(f"{budget:,}" for budget in RULE), "greedy in turn")
     for n in BUDGETS:
         env = scenarios(n)
         greedy = evaluate(env, in_turn(env, model(env))) / evaluate(env, lambda obs: env.heuristic())
-        runs = [[found[job] for job in guided(n, budget) if job in found] for budget in budgets]
+        runs = [[found[job] for job in guided(n, budget) if job in found] for budget in RULE]
         line(f"DG-PG, N = {n}", *(shown(ratios(there)) for there in runs), f"{greedy:.2f}")
         line(f"DG-PG, argmax, N = {n}", *(shown(ratios(there, argmax=True)) for there in runs), f"{greedy:.2f}")
         of_mappo = [found[job] for job in mappo(n) if job in found]
-        at = [[row["cost_ratio"] for rows in of_mappo for row in rows if row["episodes"] == b] for b in budgets]
+        at = [[row["cost_ratio"] for rows in of_mappo for row in rows if row["episodes"] == budget] for budget in RULE]
         line(f"MAPPO, N = {n}", *map(shown, at), f"{greedy:.2f}")
 
 
