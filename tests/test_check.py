@@ -150,7 +150,10 @@ def test_skeleton_of_the_readme_passes_its_check_and_trains(tmp_path, monkeypatc
     readme = (ROOT / "examples/README.md").read_text()
     file = tmp_path / "channels.py"
     file.write_text(readme.split("```python\n")[1].split("```")[0])
-    for options, found in (("check", "in turn, lowering g"), ("--n-agents 6 --episodes 1", "episodes=1 heuristic=")):
+    for options in ("check", "--n-agents 16 --rounds 60 --episodes 4"):
         monkeypatch.setattr(sys, "argv", [str(file), *options.split()])
         runpy.run_path(str(file), run_name="__main__")
-        assert found in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert options != "check" or "in turn, lowering g" in said
+    # random actions have 3.9, and without the feature `order` 3.0 is the least
+    assert float(said.split("cost_ratio=")[1].split()[0]) < 2
