@@ -11,8 +11,9 @@ from runs import Args, first, head, line, ratios, save, shown, slope, sweep, unt
 NAMES = {"dgpg.py": "DG-PG", "mappo.py": "MAPPO", "ippo.py": "IPPO"}
 SEEDS = {2: 5, 5: 20, 10: 5, 20: 10, 50: 10, 100: 10, 200: 5, 500: 3, 1000: 3, 1500: 3}  # how many of DG-PG at each N
 BUDGETS = {2: 1600, 5: 1600, 10: 4000, 20: 4000, 50: 4000, 200: 504}  # the baselines' episodes, multiples of 8
+BASELINES = "mappo.py", "ippo.py"
 RATES = "--learning-rate 1e-3", "--learning-rate 3e-3", "--learning-rate 1e-2"  # a script's own is run again
-BATCHES = "--num-envs 2", "--num-steps 25"
+CHANGES = *RATES, "--num-envs 2", "--num-steps 25"
 TUNED, TUNING_SEEDS = (5, 10), (11, 12)  # other seeds than the table's
 UNSEEN = range(101, 111)  # seeds that no default was chosen on, for DG-PG at N = 20 and 50
 SHOWN = (5, 50, 200)  # in learning.svg
@@ -30,13 +31,13 @@ def baseline(script, n):
 
 
 def tuning():
-    """The baselines' jobs with other batches and rates, in groups that differ in their seeds alone."""
-    return [
-        [(script, n, seed, f"--episodes 1600 --eval-every 80 {change}") for seed in TUNING_SEEDS]
-        for script in ("mappo.py", "ippo.py")
+    """The baselines' jobs with other batches and rates: {(script, N, change): jobs}."""
+    return {
+        (script, n, change): [(script, n, seed, f"--episodes 1600 --eval-every 80 {change}") for seed in TUNING_SEEDS]
+        for script in BASELINES
         for n in TUNED
-        for change in RATES + BATCHES
-    ]
+        for change in CHANGES
+    }
 
 
 def draw(found):
@@ -78,41 +79,46 @@ def draw(found):
     save(figure, "scaling")
 
 
+def summary(jobs, found):
+    """Episodes until Best-Fit; the cost ratio at the end: mean, largest; its mean with the most likely actions."""
+    runs = [found[job] for job in jobs if job in found]
+    if not runs:
+        return ["not run"] * 3
+    ends = ratios(runs)
+    episodes = until([first(rows) for rows in runs], runs[0][-1]["episodes"])
+    return episodes, f"{shown(ends)}, {max(ends):.2f}", shown(ratios(runs, argmax=True))
+
+
 def main(args):
-    groups = [guided(n) for n in SEEDS] + [guided(n, seeds=UNSEEN) for n in (20, 50)]
-    groups += [baseline(script, n) for script in ("mappo.py", "ippo.py") for n in BUDGETS]
-    groups += tuning()
-    found = sweep("scaling", [job for group in groups for job in group], args)
-    columns = "first evaluation: mean, largest", "at the end: mean, largest", "argmax", "episodes", "MiB"
-    head("", "N", "changes", "seeds", "episodes until Best-Fit", *columns)
+    rows = [(n, f"1 to {seeds}", guided(n)) for n, seeds in SEEDS.items()]
+    rows += [(n, f"{UNSEEN[0]} to {UNSEEN[-1]}", guided(n, seeds=UNSEEN)) for n in (20, 50)]
+    tuned = tuning()
+    jobs = [job for _, _, jobs in rows for job in jobs] + [job for jobs in tuned.values() for job in jobs]
+    jobs += [job for script in BASELINES for n in BUDGETS for job in baseline(script, n)]
+    found = sweep("scaling", jobs, args)
+
+    columns = "episodes until Best-Fit", "at the end: mean, largest", "argmax"
+    head(
+        "N", "DG-PG's seeds", "after 1 episode: mean, largest", *(f"{m}: {c}" for m in NAMES.values() for c in columns)
+    )
     points = []
-    for group in groups:
-        runs = [found[job] for job in group if job in found]
-        if not runs:
-            continue
-        script, n, _, options = group[0]
-        budget = runs[0][-1]["episodes"]
-        episodes = [first(rows) for rows in runs]
-        if script == "dgpg.py":
-            points += [(n, episode) for episode in episodes if episode > 0]
-        changes = options.partition("--eval-every ")[2].partition(" ")[2] or "none"
+    for n, seeds, jobs in rows:
+        runs = [found[job] for job in jobs if job in found]
         begins = [rows[0]["cost_ratio"] for rows in runs]
-        ends = ratios(runs)
-        seeds = [job[2] for job in group if job in found]
-        memory = max(rows[-1]["peak_mib"] for rows in runs)
-        cells = (
-            f"{seeds[0]} to {seeds[-1]}",
-            until(episodes, budget),
-            f"{shown(begins)}, {max(begins):.2f}",
-            f"{shown(ends)}, {max(ends):.2f}",
-            shown(ratios(runs, argmax=True)),
-            f"{budget:.0f}",
-            f"{memory:.0f}",
-        )
-        line(NAMES[script], n, changes, *cells)
+        points += [(n, first(rows)) for rows in runs if first(rows) > 0]
+        cells = [f"{shown(begins)}, {max(begins, default=np.nan):.2f}", *summary(jobs, found)]
+        for script in BASELINES:
+            cells += summary(baseline(script, n), found) if n in BUDGETS else [""] * 3
+        line(n, seeds, *cells)
     if len({n for n, _ in points}) > 1:
         beta, error = slope(*np.array(points).T)
         print(f"DG-PG's episodes until Best-Fit: N^{beta:.3f} ± {error:.3f} (standard error, {len(points)} runs)")
+
+    print()
+    head("episodes until Best-Fit; cost ratio at the end", *(f"`{change}`" for change in CHANGES))
+    for script in BASELINES:
+        for n in TUNED:
+            line(f"{NAMES[script]}, N = {n}", *("; ".join(summary(tuned[script, n, c], found)[:2]) for c in CHANGES))
     if found:
         draw(found)
 
