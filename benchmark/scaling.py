@@ -90,10 +90,10 @@ def summary(jobs, found):
 
 
 def main(args):
-    rows = [(n, f"1 to {seeds}", guided(n)) for n, seeds in SEEDS.items()]
-    rows += [(n, f"{UNSEEN[0]} to {UNSEEN[-1]}", guided(n, seeds=UNSEEN)) for n in (20, 50)]
+    rows = [(n, f"1 to {seeds}", guided(n), n in BUDGETS) for n, seeds in SEEDS.items()]
+    rows += [(n, f"{UNSEEN[0]} to {UNSEEN[-1]}", guided(n, seeds=UNSEEN), False) for n in (20, 50)]
     tuned = tuning()
-    jobs = [job for _, _, jobs in rows for job in jobs] + [job for jobs in tuned.values() for job in jobs]
+    jobs = [job for _, _, jobs, _ in rows for job in jobs] + [job for jobs in tuned.values() for job in jobs]
     jobs += [job for script in BASELINES for n in BUDGETS for job in baseline(script, n)]
     found = sweep("scaling", jobs, args)
 
@@ -102,13 +102,13 @@ def main(args):
         "N", "DG-PG's seeds", "after 1 episode: mean, largest", *(f"{m}: {c}" for m in NAMES.values() for c in columns)
     )
     points = []
-    for n, seeds, jobs in rows:
+    for n, seeds, jobs, compared in rows:
         runs = [found[job] for job in jobs if job in found]
         begins = [rows[0]["cost_ratio"] for rows in runs]
         points += [(n, first(rows)) for rows in runs if first(rows) > 0]
         cells = [f"{shown(begins)}, {max(begins, default=np.nan):.2f}", *summary(jobs, found)]
         for script in BASELINES:
-            cells += summary(baseline(script, n), found) if n in BUDGETS else [""] * 3
+            cells += summary(baseline(script, n), found) if compared else [""] * 3
         line(n, seeds, *cells)
     if len({n for n, _ in points}) > 1:
         beta, error = slope(*np.array(points).T)
