@@ -1,14 +1,8 @@
-import pathlib
-import sys
-
 import pytest
 import torch
 
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmark"))  # its files import each other by their names
 
-
-def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "error")
+def pytest_configure():
     torch.set_num_threads(1)  # as in the scripts
 
 

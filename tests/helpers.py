@@ -9,20 +9,23 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import analytic_model
 import dgpg
 import ippo
 import mappo
+from cloud_env import CloudEnv
+from examples.power import power_model
+from examples.power.power_env import PowerEnv
+from examples.traffic import traffic_model
+from examples.traffic.traffic_env import TrafficEnv
 
 ROOT = pathlib.Path(dgpg.__file__).parent
 HEADER = "arrival_s,duration_s,cpu,memory_gib\n"
 SECONDS = itertools.count(1)
 SCRIPTS = pytest.mark.parametrize("script", [dgpg, mappo, ippo])
-
-
-def random_actions(obs, rng):
-    """Of observations [E, N, K, F]: actions [E, N]."""
-    E, N, K, _ = obs.shape
-    return rng.integers(K, size=(E, N))
+SYSTEMS = pytest.mark.parametrize(  # made by system(num_envs, n_agents, rounds, load, actions)
+    "system, model", [(CloudEnv, analytic_model), (TrafficEnv, traffic_model), (PowerEnv, power_model)]
+)
 
 
 def handed_out(env, info):
@@ -34,15 +37,11 @@ def play(env, before=2, actions=None, seed=3):
     """After some random rounds one with these actions, or a random one. Returns its reward and what is handed out."""
     rng = np.random.default_rng(seed)
     obs, _ = env.reset(seed=seed)
+    E, N, K, _ = obs.shape
     for _ in range(before):
-        obs, *_ = env.step(random_actions(obs, rng))
-    _, reward, _, _, info = env.step(random_actions(obs, rng) if actions is None else actions)
+        env.step(rng.integers(K, size=(E, N)))
+    _, reward, _, _, info = env.step(rng.integers(K, size=(E, N)) if actions is None else actions)
     return reward, handed_out(env, info)
-
-
-def train(script, args, make_env, model):
-    """`train` on a system, of which the baselines take no model."""
-    return script.train(args, make_env, model) if script is dgpg else script.train(args, make_env)
 
 
 def only_run(name="*"):
