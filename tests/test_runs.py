@@ -20,6 +20,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 
+import ippo
 import mappo
 from cloud_env import CloudEnv, InputError
 from dgpg import Args, evaluate, train
@@ -147,7 +148,8 @@ class Foreign:
 
 def test_what_cannot_be_resumed_is_named_and_nothing_is_touched_nor_executed():
     train(Args(**SMALL, episodes=1))
-    run = only_run()
+    mappo.train(mappo.Args(**SMALL, episodes=1, num_envs=1))  # has the same options as ippo.py
+    run, of_mappo = only_run("dgpg"), only_run("mappo")
     path = run / "checkpoint.pt"
     more_options = make_dataclass("More", [("width", int, 3)], bases=(Args,))
     torch.save({"actor": Foreign(), "args": {}, "script": "dgpg.py", "system": "CloudEnv"}, "foreign.pt")
@@ -157,7 +159,7 @@ def test_what_cannot_be_resumed_is_named_and_nothing_is_touched_nor_executed():
         (lambda: train(Args(resume=str(path))), "must be a folder of this dgpg.py"),
         (lambda: train(Args(resume=str(run), seed=2)), r"no other option given: \['seed'\]"),
         (lambda: train(more_options(resume=str(run))), "must be a folder of this dgpg.py"),
-        (lambda: mappo.train(mappo.Args(resume=str(run))), "must be a folder of this mappo.py"),
+        (lambda: ippo.train(ippo.Args(resume=str(of_mappo))), "must be a folder of this ippo.py"),
         (lambda: train(Args(resume=str(run)), Wrong), "a run on CloudEnv, not on Wrong"),
         (lambda: train(Args(**SMALL, init_actor=str(run)), Wrong), "a run on CloudEnv, not on Wrong"),
         (lambda: train(Args(resume="foreign.pt")), "foreign.pt is no checkpoint"),
