@@ -90,22 +90,20 @@ def summary(jobs, found):
 
 
 def main(args):
-    rows = [(n, f"1 to {seeds}", guided(n), n in BUDGETS) for n, seeds in SEEDS.items()]
-    rows += [(n, f"{UNSEEN[0]} to {UNSEEN[-1]}", guided(n, seeds=UNSEEN), False) for n in (20, 50)]
+    table = [(n, f"1 to {seeds}", guided(n), n in BUDGETS) for n, seeds in SEEDS.items()]
+    table += [(n, f"{UNSEEN[0]} to {UNSEEN[-1]}", guided(n, seeds=UNSEEN), False) for n in (20, 50)]
     tuned = tuning()
-    jobs = [job for _, _, jobs, _ in rows for job in jobs] + [job for jobs in tuned.values() for job in jobs]
-    jobs += [job for script in BASELINES for n in BUDGETS for job in baseline(script, n)]
-    found = sweep("scaling", jobs, args)
+    groups = [jobs for _, _, jobs, _ in table] + [baseline(script, n) for script in BASELINES for n in BUDGETS]
+    found = sweep("scaling", [job for jobs in [*groups, *tuned.values()] for job in jobs], args)
 
     columns = "episodes until Best-Fit", "at the end: mean, largest", "argmax"
-    head(
-        "N", "DG-PG's seeds", "after 1 episode: mean, largest", *(f"{m}: {c}" for m in NAMES.values() for c in columns)
-    )
+    columns = [f"{name}: {column}" for name in NAMES.values() for column in columns]
+    head("N", "DG-PG's seeds", "after 1 episode: mean, largest", *columns)
     points = []
-    for n, seeds, jobs, compared in rows:
+    for n, seeds, jobs, compared in table:
         runs = [found[job] for job in jobs if job in found]
         begins = [rows[0]["cost_ratio"] for rows in runs]
-        points += [(n, first(rows)) for rows in runs if first(rows) > 0]
+        points += [(n, first(rows)) for rows in runs]
         cells = [f"{shown(begins)}, {max(begins, default=np.nan):.2f}", *summary(jobs, found)]
         for script in BASELINES:
             cells += summary(baseline(script, n), found) if compared else [""] * 3

@@ -41,7 +41,7 @@ def main(args):
             row = runs["DG-PG"][0][0]
             uncoordinated = evaluate(env, lambda obs: env.uncoordinated()) / row["heuristic"]
             cells = [f"{row['random'] / row['heuristic']:.1f}", f"{uncoordinated:.2f}"]
-            cells += [shown(ratios(runs[method])) for method in METHODS]
+            cells += [", ".join(f"{ratio:.2f}" for ratio in ratios(runs[method])) for method in METHODS]
             below = [first(rows, limit=uncoordinated) for rows in runs["DG-PG"]]
             budget = runs["DG-PG"][0][-1]["episodes"]
             line(system, n, *cells, shown(ratios(runs["DG-PG"], argmax=True)), until(below, budget))

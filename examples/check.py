@@ -226,6 +226,6 @@ def check(env, model):
         returns[name] = total = sum(step(env, policy(t), t, sizes)[0][2].mean().item() for t in range(rounds))
         assert total <= 0, f"reward must be below 0 in sum, not {total} ({name})"
         print(f"{name:24} {total:12.2f} {total / (returns['heuristic'] or np.nan):8.2f}")
-    print("were 'in turn' far above the heuristic, x̃ would be wrong, or weigh components unlike the cost")
-    print("were 'lowering g' in turn far above 'lowering d', the bias of g would be large (examples/README.md)")
+    print("'in turn' far above the heuristic would say that x̃ is wrong, or weighs components unlike the cost")
+    print("'lowering g' far above 'lowering d', in turn, would say that the bias of g is large (examples/README.md)")
     return returns
