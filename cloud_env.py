@@ -198,11 +198,11 @@ class CloudEnv:
         )
 
     def _observe(self, **played):
-        z = self.demand[self.t][:, :, None] / self.capacity[self.reach]  # [E, N, K, 2]
+        z = self.demand[self.t][:, :, None] / self.capacity.take(self.reach, 0)  # [E, N, K, 2]
         obs = np.empty((*z.shape[:3], 7), dtype=np.float32)
-        obs[..., 0:2] = np.log1p(self.x)[:, self.reach]
+        obs[..., 0:2] = np.log1p(self.x).take(self.reach, 1)
         obs[..., 2:4] = z
-        obs[..., 4:6] = np.log(self.capacity)[self.reach]
+        obs[..., 4:6] = np.log(self.capacity).take(self.reach, 0)
         log_duration = np.log(self.duration[self.t].clip(1e-3))  # [E, N]
         obs[..., 6] = log_duration[..., None]
         parts = self.x, self.offered_load[self.t] / self.capacity.sum(0), self.demand[self.t] / self.capacity.mean(0)
@@ -251,7 +251,7 @@ class CloudEnv:
         tasks = self._live
         while len(tasks):
             server, work = self._server[tasks], self.work_left[tasks]
-            slowdown = self._utilisation(tasks).max(-1).clip(1).ravel()  # [E M]
+            slowdown = np.maximum(*np.moveaxis(self._utilisation(tasks), -1, 0)).clip(1).ravel()  # [E M]
             end = work * slowdown[server]  # when each task ends if nothing changes
             step = left.copy()
             slow = slowdown[server] > 1
@@ -293,7 +293,7 @@ class CloudEnv:
             near = self.reach[agents]  # [G, K]
             left = free[:, near] - demand[:, agents, None]  # [E, G, K, 2]
             fits = (left >= 0).all(-1)
-            tightest = np.where(fits, (free / self.capacity.mean(0)).sum(-1)[:, near], np.inf).argmin(-1)
+            tightest = np.where(fits, (free[:, near] / self.capacity.mean(0)).sum(-1), np.inf).argmin(-1)
             least_overloaded = (left / self.capacity[near]).min(-1).argmax(-1)
             actions[:, agents] = choice = np.where(fits.any(-1), tightest, least_overloaded)
             free[every, near[np.arange(len(agents)), choice]] -= demand[:, agents]

@@ -122,7 +122,7 @@ def train(args, make_env=cloud):
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     env = make_env(args, args.num_envs)
-    eval_env = make_env(args, max(2, min(40, 2_000 // args.n_agents)), held_out=True)
+    eval_env = make_env(args, min(40, int(np.ceil(2_000 / args.n_agents))), held_out=True)
     next_obs, info = env.reset(seed=0)  # for the sizes
     E, N, K, F = next_obs.shape
     actor = network(F, 32, 0.01).to(device)  # for all agents: the logit of an action, from its features
@@ -147,9 +147,8 @@ def train(args, make_env=cloud):
         print(f"{folder}: {args.episodes} episodes of {N} agents with {K} actions, {device}; {env}")
         result = {"heuristic": evaluate(eval_env, lambda obs: eval_env.heuristic())}
         print(f"return of the heuristic: {result['heuristic']:.2f}; {eval_env}")
-        if result["heuristic"] > -0.05:
-            print("cost_ratio means nothing here: the heuristic has hardly any cost")
         result["random"] = evaluate(eval_env, lambda obs: torch.randint(K, obs.shape[:2]).numpy())
+        print(f"return of random actions: {result['random']:.2f}")
         for episode in range(start, args.episodes + 1, E):  # the number of episodes that are done
             # EVALUATE at the end, and when eval_every episodes have passed
             if episode == args.episodes or (0 < episode and episode % args.eval_every < E):

@@ -148,7 +148,7 @@ def sweep(name, jobs, args):
 
 def scenarios(n_agents, **options):
     """The environment that a run is evaluated on."""
-    return CloudEnv(max(2, min(40, 2_000 // n_agents)), n_agents, held_out=True, **options)
+    return CloudEnv(min(40, int(np.ceil(2_000 / n_agents))), n_agents, held_out=True, **options)
 
 
 def first(rows, limit=1.0):

@@ -26,7 +26,7 @@ def jobs(system, method, n):
 def environment(system, n):
     """The environment that the runs on a system are evaluated on."""
     program = importlib.import_module(f"examples.{system}.__main__")
-    return program.make_env(program.Args(n_agents=n), max(2, min(40, 2_000 // n)), held_out=True)
+    return program.make_env(program.Args(n_agents=n), min(40, int(np.ceil(2_000 / n))), held_out=True)
 
 
 def main(args):

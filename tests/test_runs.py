@@ -234,7 +234,6 @@ def test_three_files_copied_elsewhere_run_by_themselves():
     assert "--n-agents" in said[0]
 
 
-def test_a_heuristic_without_cost_is_said_to(capsys):
+def test_a_heuristic_without_cost_has_no_cost_ratio():
     result = train(Args(n_agents=5, rounds=10, load=1e-3, episodes=1))
     assert math.isnan(result["cost_ratio"]) and result["heuristic"] == 0
-    assert "cost_ratio means nothing" in capsys.readouterr().out
