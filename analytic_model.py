@@ -1,10 +1,10 @@
 """The analytical model of the cloud: what DG-PG knows beside the reward (Yang & Liu 2026, arXiv 2602.20078).
 
-x is the utilisation of every server. The model is two functions, x̃ and z = ∂x/∂a; with them ∂d/∂x = x − x̃ of
-d = ½‖x − x̃‖² is all that the guidance needs. Each function takes, by name, what it needs of what the environment hands
-out (`info["played"]` and `env.constants`) and passes over the rest. Letters in shapes: B states, N agents, K actions,
-J components that one action touches (here 1, its server), M components (servers), R quantities of each (here 2: CPU
-and memory).
+x is the utilisation of every server. The model is two functions, x̃ and z = ∂x/∂a. The guidance needs no more, as
+d = ½‖x − x̃‖² has the gradient ∂d/∂x = x − x̃. Each function takes, by name, what it needs of what the environment
+hands out (`info["played"]` and `env.constants`) and passes over the rest. Letters in shapes: B states, N agents,
+K actions, J components that one action touches (here 1, its server), M components (servers), R quantities of each
+(here 2: CPU and memory).
 """
 
 

@@ -101,13 +101,13 @@ def _parse(path, modified):
 
 
 class CloudEnv:
-    """`num_envs` worlds of N schedulers as one, called like a Gymnasium vector environment without spaces, autoreset.
+    """`num_envs` worlds of N schedulers as one, called like a Gymnasium vector environment without spaces and autoreset.
 
     n_agents: N. rounds: T. servers_per_agent: K, cut to M. capacity: [M, 2] vCPU and GiB, or None: N of `CATALOGUE`.
-    load: offered load as a fraction of the fleet's capacity, of synthetic load in the long run; a trace's demands are
-    scaled to it in every episode's mean over its rounds, which start empty. trace: a CSV file for `load_trace`, or None
-    for synthetic load. In its first 80 % N arrivals take a round in the mean, and tasks 7.4 rounds. held_out: of its
-    last 20 % `num_envs` stretches, evenly spaced and whatever the seed, instead of random ones of its first 80 %.
+    load: offered load as a fraction of the fleet's capacity: of synthetic load in the long run, of a trace in the mean
+    of every episode. trace: a CSV file for `load_trace`, or None for synthetic load. Its demands are scaled to the
+    load, its times so that in its first 80 % N arrivals take a round in the mean, and tasks 7.4. held_out: of its last
+    20 % `num_envs` stretches, evenly spaced and whatever the seed, instead of random ones of its first 80 %.
     Raises InputError if an option is out of range or the trace cannot be used.
 
     Agent i reaches the servers (i + offset_k) mod M. Fleet and offsets depend on N, M and K alone, not on a seed.
@@ -118,7 +118,7 @@ class CloudEnv:
     def __init__(
         self, num_envs, n_agents, rounds=100, load=0.8, servers_per_agent=8, trace=None, held_out=False, capacity=None
     ):
-        if not 0 < load <= 1e6 or min(num_envs, n_agents, rounds, servers_per_agent) < 1:  # above, g² overflows
+        if not 0 < load <= 1e6 or min(num_envs, n_agents, rounds, servers_per_agent) < 1:  # above, float32 overflows
             raise InputError("load must be in (0, 1e6]; num_envs, n_agents, rounds and servers_per_agent at least 1")
         self.num_envs, self.n_agents, self.rounds, self.load = num_envs, n_agents, rounds, load
         rng = np.random.default_rng(0)

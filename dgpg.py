@@ -53,7 +53,7 @@ class Args:
     max_grad_norm: float = 0.5  # largest gradient norm, of the actor and of the critic
     alpha_start: float = 1.0  # weight alpha of the guidance at the beginning
     alpha_end: float = 0.5  # weight alpha of the guidance at the end, linear in between
-    own_action_expectation: bool = True  # guide every own action by its probability; or the one taken
+    own_action_expectation: bool = True  # guide all own actions, by their probabilities, or the one taken
 
 
 def cloud(args, num_envs, held_out=False):
@@ -89,8 +89,8 @@ def guidance(x, x_ref, z, touched, actions):
     """g_i(a) = ⟨x − z_i + z_i(a) − x̃, z_i(a)⟩: of every action a, had agent i taken it instead (Yang & Liu 2026).
 
     x, x_ref: state after the joint action and reference x̃ [B, M, R]. z: what every action adds [B, N, K, J, R] to the
-    components `touched` [B, N, K, J], of which an action repeats none unless z = 0 there. actions: those taken [B, N].
-    Returns [B, N, K]. z_i is that of the action taken, there g_i = ⟨x − x̃, z_i⟩, the derivative of d = ½‖x − x̃‖².
+    components `touched` [B, N, K, J]; an action names none twice, or with z = 0. actions: those taken [B, N].
+    Returns [B, N, K]. z_i is that of the action taken, whose g_i = ⟨x − x̃, z_i⟩ is the derivative of d = ½‖x − x̃‖².
     """
     assert x.shape == x_ref.shape and touched.shape == z.shape[:-1] and actions.shape == z.shape[:2]
     batch = torch.arange(len(x), device=x.device)[:, None, None, None]
@@ -146,7 +146,7 @@ def train(args, make_env=cloud, model=analytic_model):
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     env = make_env(args, args.num_envs)
-    eval_env = make_env(args, min(40, int(np.ceil(2_000 / args.n_agents))), held_out=True)
+    eval_env = make_env(args, min(40, int(np.ceil(2_000 / args.n_agents))), held_out=True)  # 2,000 tasks a round
     next_obs, info = env.reset(seed=0)  # for the sizes
     E, N, K, F = next_obs.shape
     constants = {name: torch.tensor(value, device=device) for name, value in env.constants.items()}
@@ -224,8 +224,8 @@ def train(args, make_env=cloud, model=analytic_model):
                 b_returns = ((returns - mean) / std).flatten(0, 1)
                 advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
 
-                # GUIDANCE: the paper adds −α g_i(a_i) to the advantage, for the action taken. Here every action a gets
-                # −α π_old(a) g_i(a). The loss sums it times ρ = π/π_old over a: −α Σ_a π(a) g_i(a) = −α E_{a~π} g_i(a)
+                # GUIDANCE: the paper adds −α g_i(a_i) to (1−α) Â, for the action taken. Here every action a gets
+                # −α π_old(a) g_i(a): times ρ = π/π_old and summed over a, as below, it is −α E_{a~π} g_i(a)
                 b_played = {name: torch.cat([step[name] for step in played]) for name in played[0]}
                 x = b_played.pop("x")  # the model must not see x: x̃ and z must not depend on the actions taken
                 x_ref = model.reference_state(**b_played, **constants)
