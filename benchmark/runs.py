@@ -146,9 +146,14 @@ def sweep(name, jobs, args):
     return there()
 
 
+def num_scenarios(n_agents):
+    """Of an evaluation, as in the scripts."""
+    return min(40, int(np.ceil(2_000 / n_agents)))
+
+
 def scenarios(n_agents, **options):
     """The environment that a run is evaluated on."""
-    return CloudEnv(min(40, int(np.ceil(2_000 / n_agents))), n_agents, held_out=True, **options)
+    return CloudEnv(num_scenarios(n_agents), n_agents, held_out=True, **options)
 
 
 def first(rows, limit=1.0):

@@ -6,7 +6,7 @@ Costs are in units of the heuristic's, which acts in turn. Writes measured/syste
 import importlib
 
 import tyro
-from runs import Args, first, head, line, ratios, shown, sweep, until
+from runs import Args, first, head, line, num_scenarios, ratios, shown, sweep, until
 
 from dgpg import evaluate
 
@@ -26,7 +26,7 @@ def jobs(system, method, n):
 def environment(system, n):
     """The environment that the runs on a system are evaluated on."""
     program = importlib.import_module(f"examples.{system}.__main__")
-    return program.make_env(program.Args(n_agents=n), min(40, int(np.ceil(2_000 / n))), held_out=True)
+    return program.make_env(program.Args(n_agents=n), num_scenarios(n), held_out=True)
 
 
 def main(args):

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import runs
+import systems
 import torch
 import variance
 import variants
@@ -57,6 +58,19 @@ def test_a_sweep_goes_on_where_it_was(monkeypatch):
     assert done == [jobs[2]] and list(found) == jobs[:3]
     assert [row["return"] for row in found[jobs[1]]] == [0, 1]
     assert len(runs.read(runs.MEASURED / "name.csv")) == 3 * 2
+
+
+@pytest.mark.parametrize("n", [60, 130])
+def test_policies_are_measured_on_as_many_scenarios_as_runs(n):
+    made = []
+
+    def make_env(args, num_envs, held_out=False):
+        made.append((num_envs, held_out))
+        return dgpg.cloud(args, num_envs, held_out)
+
+    dgpg.train(dgpg.Args(n_agents=n, rounds=2, episodes=0), make_env)
+    for env in (runs.scenarios(n, rounds=2), systems.environment("traffic", n), systems.environment("power", n)):
+        assert made == [(1, False), (len(env.reset(seed=0)[0]), True)]
 
 
 def test_a_file_is_known_by_its_content_and_a_job_keeps_rows_and_actor(tmp_path):
