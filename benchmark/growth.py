@@ -27,6 +27,7 @@ def jobs(name, n):
 def main(args):
     found = sweep("growth", [job for n in SIZES for name in KINDS for job in jobs(name, n)], args)
     head("episodes", *(f"N = {n}" for n in SIZES), "slope")
+    targets = {n: [] for n in SIZES}  # as cost ratios
     for name, (_, budget, _) in KINDS.items():
         points, cells = [], []  # N, episodes until the target or NaN
         for n in SIZES:
@@ -35,6 +36,7 @@ def main(args):
             there = []
             for rows in (found[job] for job in jobs(name, n) if job in found):
                 target = rows[0]["random"] + TARGET * (high - rows[0]["random"])
+                targets[n].append(target / rows[0]["heuristic"])
                 there.append(min((row["episodes"] for row in rows if row["return"] >= target), default=np.nan))
             points += [(n, episodes) for episodes in there]
             cells.append(until(there, budget[n]) if there else "not run")
@@ -45,6 +47,7 @@ def main(args):
         episodes = np.where(never, [budget[size] for size in n], episodes)
         beta, error = slope(n, episodes)
         line(name, *cells, f"{'≥ ' if never.any() else ''}{beta:.2f} ± {error:.2f}")
+    line("target, as a cost ratio", *(f"{np.mean(ratios):.2f}" for ratios in targets.values()), "")
 
 
 if __name__ == "__main__":
