@@ -102,16 +102,16 @@ def train(args, make_env=cloud):
         try:
             saved = dict(torch.load(file, weights_only=True, map_location="cpu"))
         except Exception as error:
-            raise InputError(f"{file} is no checkpoint: {error!r}") from None
+            raise InputError(f"{file} is no checkpoint: {type(error).__name__}") from None
     if args.resume is not None:
         others = [name for name, value in vars(args).items() if value != getattr(type(args)(resume=path), name)]
         if others or not os.path.isdir(path) or saved.get("script") != script or [*vars(args)] != [*saved["args"]]:
-            raise InputError(f"resume: {path} must be a folder of this {script}, no other option given: {others}")
+            raise InputError(f"resume: {path} must be the folder of a run of {script}; not allowed beside it: {others}")
         args = type(args)(**saved["args"] | {"resume": path})
     for low, high, names in (
         (1, 10**9, "eval_every num_envs num_steps num_minibatches minibatch_agents update_epochs"),
-        (0, 99_999, "seed episodes learning_rate clip_coef ent_coef max_grad_norm"),
-        (0, 1, "gamma gae_lambda"),
+        (0, 99_999, "seed episodes clip_coef ent_coef max_grad_norm"),
+        (0, 1, "learning_rate gamma gae_lambda"),
     ):
         for name in names.split():
             if not low <= getattr(args, name) <= high:

@@ -156,10 +156,10 @@ def test_what_cannot_be_resumed_is_named_and_nothing_is_touched_nor_executed():
     pathlib.Path("plain.pt").write_bytes(pickle.dumps(Foreign()))
     before = contents()
     for refused, message in (
-        (lambda: train(Args(resume=str(path))), "must be a folder of this dgpg.py"),
-        (lambda: train(Args(resume=str(run), seed=2)), r"no other option given: \['seed'\]"),
-        (lambda: train(more_options(resume=str(run))), "must be a folder of this dgpg.py"),
-        (lambda: ippo.train(ippo.Args(resume=str(of_mappo))), "must be a folder of this ippo.py"),
+        (lambda: train(Args(resume=str(path))), "must be the folder of a run of dgpg.py"),
+        (lambda: train(Args(resume=str(run), seed=2)), r"not allowed beside it: \['seed'\]"),
+        (lambda: train(more_options(resume=str(run))), "must be the folder of a run of dgpg.py"),
+        (lambda: ippo.train(ippo.Args(resume=str(of_mappo))), "must be the folder of a run of ippo.py"),
         (lambda: train(Args(resume=str(run)), Wrong), "a run on CloudEnv, not on Wrong"),
         (lambda: train(Args(**SMALL, init_actor=str(run)), Wrong), "a run on CloudEnv, not on Wrong"),
         (lambda: train(Args(resume="foreign.pt")), "foreign.pt is no checkpoint"),
