@@ -101,7 +101,7 @@ def _parse(path, modified):
 
 
 class CloudEnv:
-    """`num_envs` worlds of N schedulers as one, called like a Gymnasium vector environment without spaces and autoreset.
+    """`num_envs` worlds of N schedulers as one, called like a Gymnasium vector environment (no spaces, no autoreset).
 
     n_agents: N. rounds: T. servers_per_agent: K, cut to M. capacity: [M, 2] vCPU and GiB, or None: N of `CATALOGUE`.
     load: offered load as a fraction of the fleet's capacity: of synthetic load in the long run, of a trace in the mean
