@@ -53,7 +53,7 @@ class Args:
     max_grad_norm: float = 0.5  # largest gradient norm, of the actor and of the critic
     alpha_start: float = 1.0  # weight alpha of the guidance at the beginning
     alpha_end: float = 0.5  # weight alpha of the guidance at the end, linear in between
-    own_action_expectation: bool = True  # guide all own actions, by their probabilities, or the one taken
+    own_action_expectation: bool = True  # guide all own actions, by their probabilities, else the one taken
 
 
 def cloud(args, num_envs, held_out=False):
@@ -86,19 +86,19 @@ def gae(rewards, values, gamma, gae_lambda):
 
 
 def guidance(x, x_ref, z, touched, actions):
-    """g_i(a) = ⟨x − z_i + z_i(a) − x̃, z_i(a)⟩: of every action a, had agent i taken it instead (Yang & Liu 2026).
+    """g_i(a) = ⟨x − z_i + z_i(a) − x̃, z_i(a)⟩: of every action a, had agent i taken it instead.
 
-    x, x_ref: state after the joint action and reference x̃ [B, M, R]. z: what every action adds [B, N, K, J, R] to the
-    components `touched` [B, N, K, J]; an action names none twice, or with z = 0. actions: those taken [B, N].
-    Returns [B, N, K]. z_i is that of the action taken, whose g_i = ⟨x − x̃, z_i⟩ is the derivative of d = ½‖x − x̃‖².
+    x, x_ref: state after the joint action and reference x̃ [B, M, R]. z: z_i(a) [B, N, K, J, R], what every action adds
+    to the components `touched` [B, N, K, J] (none twice, or with z = 0). actions: those taken [B, N], which added z_i.
+    Returns [B, N, K]; of the action taken g_i = ⟨x − x̃, z_i⟩, the derivative of d = ½‖x − x̃‖² (Yang & Liu 2026).
     """
     assert x.shape == x_ref.shape and touched.shape == z.shape[:-1] and actions.shape == z.shape[:2]
     batch = torch.arange(len(x), device=x.device)[:, None, None, None]
     deviation = (x - x_ref)[batch, touched]  # x − x̃ where each action acts [B, N, K, J, R]
     taken_z = z.take_along_dim(actions[..., None, None, None], 2)  # [B, N, 1, J, R]
     taken_touched = touched.take_along_dim(actions[..., None, None], 2)  # [B, N, 1, J]
-    same = touched.unsqueeze(-1) == taken_touched.unsqueeze(-2)  # is a's component the taken one's [B, N, K, J, J]
-    own = (same * (z @ taken_z.mT)).sum((-2, -1))  # ⟨z_i, z_i(a)⟩: what the action taken has put there itself
+    same = touched.unsqueeze(-1) == taken_touched.unsqueeze(-2)  # same component? [B, N, K, J of a, J of the taken]
+    own = (same * (z @ taken_z.mT)).sum((-2, -1))  # ⟨z_i, z_i(a)⟩: the action taken is in x, and a would replace it
     return ((deviation + z) * z).sum((-2, -1)) - own
 
 
@@ -128,7 +128,7 @@ def train(args, make_env=cloud, model=analytic_model):
         except Exception as error:
             raise InputError(f"{file} is no checkpoint: {type(error).__name__}") from None
     if args.resume is not None:
-        others = [name for name, value in vars(args).items() if value != getattr(type(args)(resume=path), name)]
+        others = [name for name, default in vars(type(args)(resume=path)).items() if getattr(args, name) != default]
         if others or not os.path.isdir(path) or saved.get("script") != script or [*vars(args)] != [*saved["args"]]:
             raise InputError(f"resume: {path} must be the folder of a run of {script}; not allowed beside it: {others}")
         args = type(args)(**saved["args"] | {"resume": path})
@@ -174,7 +174,7 @@ def train(args, make_env=cloud, model=analytic_model):
         print(f"return of the heuristic: {result['heuristic']:.2f}; {eval_env}")
         result["random"] = evaluate(eval_env, lambda obs: torch.randint(K, obs.shape[:2]).numpy())
         print(f"return of random actions: {result['random']:.2f}")
-        for episode in range(start, args.episodes + 1, E):  # the number of episodes that are done
+        for episode in range(start, args.episodes + 1, E):  # episodes done; the last pass only evaluates
             # EVALUATE at the end, and when eval_every episodes have passed
             if episode == args.episodes or (0 < episode and episode % args.eval_every < E):
                 torch.manual_seed(args.seed)
@@ -224,15 +224,15 @@ def train(args, make_env=cloud, model=analytic_model):
                 b_returns = ((returns - mean) / std).flatten(0, 1)
                 advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
 
-                # GUIDANCE: the paper adds −α g_i(a_i) to (1−α) Â, for the action taken. Here every action a gets
-                # −α π_old(a) g_i(a): times ρ = π/π_old and summed over a, as below, it is −α E_{a~π} g_i(a)
+                # GUIDANCE: in the paper the action taken gets (1−α) Â − α g_i(a_i). Here every action a gets
+                # −α π_old(a) g_i(a): times ρ = π/π_old and summed over a, as in the loss, that is −α E_{a~π} g_i(a)
                 b_played = {name: torch.cat([step[name] for step in played]) for name in played[0]}
                 x = b_played.pop("x")  # the model must not see x: x̃ and z must not depend on the actions taken
                 x_ref = model.reference_state(**b_played, **constants)
                 z, touched = model.local_influence(**b_played, **constants)
                 g = guidance(x, x_ref, z, touched, b_actions).float()  # g_i(a) [B, N, K]
                 pi_old = b_logprobs.exp()
-                g = g - (pi_old * g).sum(-1, keepdim=True)  # a baseline, as V in Â: no expected gradient changes
+                g = g - (pi_old * g).sum(-1, keepdim=True)  # a baseline, as V in Â: no g_i(a) depends on a_i
                 taken = nn.functional.one_hot(b_actions, K).float()
                 weight = pi_old if args.own_action_expectation else taken
                 g_std = (weight * g**2).sum(-1).mean().sqrt() + 1e-8  # Â has deviation 1, too

@@ -104,7 +104,7 @@ def train(args, make_env=cloud):
         except Exception as error:
             raise InputError(f"{file} is no checkpoint: {type(error).__name__}") from None
     if args.resume is not None:
-        others = [name for name, value in vars(args).items() if value != getattr(type(args)(resume=path), name)]
+        others = [name for name, default in vars(type(args)(resume=path)).items() if getattr(args, name) != default]
         if others or not os.path.isdir(path) or saved.get("script") != script or [*vars(args)] != [*saved["args"]]:
             raise InputError(f"resume: {path} must be the folder of a run of {script}; not allowed beside it: {others}")
         args = type(args)(**saved["args"] | {"resume": path})
@@ -149,7 +149,7 @@ def train(args, make_env=cloud):
         print(f"return of the heuristic: {result['heuristic']:.2f}; {eval_env}")
         result["random"] = evaluate(eval_env, lambda obs: torch.randint(K, obs.shape[:2]).numpy())
         print(f"return of random actions: {result['random']:.2f}")
-        for episode in range(start, args.episodes + 1, E):  # the number of episodes that are done
+        for episode in range(start, args.episodes + 1, E):  # episodes done; the last pass only evaluates
             # EVALUATE at the end, and when eval_every episodes have passed
             if episode == args.episodes or (0 < episode and episode % args.eval_every < E):
                 torch.manual_seed(args.seed)
