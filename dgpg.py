@@ -89,8 +89,8 @@ def guidance(x, x_ref, z, touched, actions):
     """g_i(a) = ⟨x − z_i + z_i(a) − x̃, z_i(a)⟩: of every action a, had agent i taken it instead.
 
     x, x_ref: state after the joint action and reference x̃ [B, M, R]. z: z_i(a) [B, N, K, J, R], what every action adds
-    to the components `touched` [B, N, K, J] (none twice, or with z = 0). actions: those taken [B, N], which added z_i.
-    Returns [B, N, K]; of the action taken g_i = ⟨x − x̃, z_i⟩, the derivative of d = ½‖x − x̃‖² (Yang & Liu 2026).
+    to the components `touched` [B, N, K, J] (twice only with z = 0). actions: those taken [B, N], which added z_i.
+    Returns [B, N, K]; of the one taken g_i = ⟨x − x̃, z_i⟩, derivative of d = ½‖x − x̃‖² along z_i (Yang & Liu 2026).
     """
     assert x.shape == x_ref.shape and touched.shape == z.shape[:-1] and actions.shape == z.shape[:2]
     batch = torch.arange(len(x), device=x.device)[:, None, None, None]
@@ -224,15 +224,15 @@ def train(args, make_env=cloud, model=analytic_model):
                 b_returns = ((returns - mean) / std).flatten(0, 1)
                 advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
 
-                # GUIDANCE: in the paper the action taken gets (1−α) Â − α g_i(a_i). Here every action a gets
-                # −α π_old(a) g_i(a): times ρ = π/π_old and summed over a, as in the loss, that is −α E_{a~π} g_i(a)
+                # GUIDANCE: in the paper the action taken gets (1−α) Â − α g_i(a_i). Here it gets (1−α) Â, and every a
+                # −α π_old(a) g_i(a): times ρ = π/π_old and summed over a, in the loss, −α E_{a~π} g_i(a) if unclipped
                 b_played = {name: torch.cat([step[name] for step in played]) for name in played[0]}
                 x = b_played.pop("x")  # the model must not see x: x̃ and z must not depend on the actions taken
                 x_ref = model.reference_state(**b_played, **constants)
                 z, touched = model.local_influence(**b_played, **constants)
                 g = guidance(x, x_ref, z, touched, b_actions).float()  # g_i(a) [B, N, K]
                 pi_old = b_logprobs.exp()
-                g = g - (pi_old * g).sum(-1, keepdim=True)  # a baseline, as V in Â: no g_i(a) depends on a_i
+                g = g - (pi_old * g).sum(-1, keepdim=True)  # a baseline without bias: no g_i(a) depends on a_i
                 taken = nn.functional.one_hot(b_actions, K).float()
                 weight = pi_old if args.own_action_expectation else taken
                 g_std = (weight * g**2).sum(-1).mean().sqrt() + 1e-8  # Â has deviation 1, too
