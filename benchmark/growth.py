@@ -7,7 +7,7 @@ lower bound. Writes measured/growth.csv, and prints the table.
 
 import numpy as np
 import tyro
-from runs import Args, head, line, scenarios, slope, sweep, until
+from runs import Args, head, line, scenarios, shown, slope, sweep, until
 from yardsticks import in_turn, model
 
 from dgpg import evaluate
@@ -47,7 +47,7 @@ def main(args):
         episodes = np.where(never, [budget[size] for size in n], episodes)
         beta, error = slope(n, episodes)
         line(name, *cells, f"{'≥ ' if never.any() else ''}{beta:.2f} ± {error:.2f}")
-    line("target, as a cost ratio", *(f"{np.mean(ratios):.2f}" for ratios in targets.values()), "")
+    line("target, as a cost ratio", *map(shown, targets.values()), "")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ BUDGETS = {2: 1600, 5: 1600, 10: 4000, 20: 4000, 50: 4000, 200: 504}  # the base
 BASELINES = "mappo.py", "ippo.py"
 RATES = "--learning-rate 1e-3", "--learning-rate 3e-3", "--learning-rate 1e-2"  # a script's own is run again
 BATCHES = "--num-envs 1 --num-steps 5 --num-minibatches 1"  # DG-PG's
-SHORT = f"{BATCHES} --learning-rate 3e-4", f"{BATCHES} --learning-rate 1e-3"
-CHANGES = *RATES, "--num-envs 2", "--num-steps 25", *SHORT
+CHANGES = *RATES, "--num-envs 2", "--num-steps 25", *(f"{BATCHES} --learning-rate {rate}" for rate in ("3e-4", "1e-3"))
 TUNED, TUNING_SEEDS = (5, 10), (11, 12)  # other seeds than the table's
 UNSEEN = range(101, 111)  # seeds that no default was chosen on, for DG-PG at N = 20 and 50
 SHOWN = (5, 50, 200)  # in learning.svg

@@ -7,12 +7,11 @@ Writes measured/signals.csv, and prints the table. The runs of the unchanged scr
 
 import tyro
 from runs import Args, first, head, line, ratios, shown, sweep, until
-from scaling import baseline, guided
+from scaling import BATCHES, baseline, guided
 
 SIZES, SEEDS, BUDGET = (5, 20, 50), (1, 2, 3), 1600
 LONG = "--eval-every 40"  # the baselines' own batches
-SHORT = "--num-envs 1 --num-steps 5 --num-minibatches 1 --learning-rate 1.5e-2 --anneal-lr --ent-coef 0"  # DG-PG's
-SHORT += " --episodes 10 --eval-every 1"
+SHORT = f"{BATCHES} --learning-rate 1.5e-2 --anneal-lr --ent-coef 0 --episodes 10 --eval-every 1"  # as DG-PG
 SIGNALS = {  # what is learnt from, and by what: script with its variant, options
     "−d/N, shared by all: MAPPO": ("benchmark/variants.py mappo shared-model", LONG),
     "r − d/N, shared by all: MAPPO": ("benchmark/variants.py mappo added-model", LONG),
