@@ -221,13 +221,13 @@ def train(args, make_env=cloud, model=analytic_model):
                 mean, std = mean_std(critic.sums)
                 b_obs, b_actions, b_logprobs = map(torch.cat, zip(*steps))  # [B, N, …]
                 b_states = torch.cat(states[:-1])
+                b_played = {name: torch.cat([step[name] for step in played]) for name in played[0]}
+                x = b_played.pop("x")  # the model must not see x: x̃ and z must not depend on the actions taken
                 b_returns = ((returns - mean) / std).flatten(0, 1)
                 advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
 
-                # GUIDANCE: in the paper the action taken gets (1−α) Â − α g_i(a_i). Here it gets (1−α) Â, and every a
-                # −α π_old(a) g_i(a): times ρ = π/π_old and summed over a, in the loss, −α E_{a~π} g_i(a) if unclipped
-                b_played = {name: torch.cat([step[name] for step in played]) for name in played[0]}
-                x = b_played.pop("x")  # the model must not see x: x̃ and z must not depend on the actions taken
+                # GUIDANCE: in the paper the action taken gets (1−α) Â − α g_i. Here it gets (1−α) Â, and every a gets
+                # −α π_old(a) g_i(a): so the loss −Σ_a ρ(a) Â(a), ρ = π/π_old, contains α E_{a~π} g_i(a), the exact mean
                 x_ref = model.reference_state(**b_played, **constants)
                 z, touched = model.local_influence(**b_played, **constants)
                 g = guidance(x, x_ref, z, touched, b_actions).float()  # g_i(a) [B, N, K]
