@@ -1,8 +1,8 @@
 """Descent-Guided Policy Gradient (DG-PG, Yang & Liu 2026, arXiv 2602.20078): MAPPO, guided by an analytical model.
 
 Trains N agents that share one reward, on heterogeneous cloud scheduling, and measures them on held-out scenarios.
-The model gives each agent a signal of its own, g_i = ⟨x − x̃, z_i⟩: does z_i, what it adds, push the state x away from
-the reference x̃? Its noise does not grow with N. The rest is PPO, with Â ← (1−α) Â − α g_i.
+The model gives each agent a signal of its own, g_i = ⟨x − x̃, z_i⟩: does z_i, what the agent adds, push the state x
+away from the reference x̃? Its noise does not grow with N. The rest is PPO, with Â ← (1−α) Â − α g_i, see GUIDANCE.
 
 Letters in shapes: N agents, E environments, T rounds, B states of a batch, K actions, F features of an action.
 In the model (see analytic_model.py): M components of the system, R quantities of each, J that one action touches.
@@ -53,7 +53,7 @@ class Args:
     max_grad_norm: float = 0.5  # largest gradient norm, of the actor and of the critic
     alpha_start: float = 1.0  # weight alpha of the guidance at the beginning
     alpha_end: float = 0.5  # weight alpha of the guidance at the end, linear in between
-    own_action_expectation: bool = True  # guide all own actions, by their probabilities, else the one taken
+    own_action_expectation: bool = True  # guide all actions of an agent, by their probabilities, else the one taken
 
 
 def cloud(args, num_envs, held_out=False):
@@ -71,7 +71,7 @@ def network(inputs, hidden, output_gain):
 
 
 def mean_std(sums):
-    """Mean and deviation of returns G, from decaying sums of 1, G and G²: the critic's targets are standardised."""
+    """Mean and deviation of returns G, from decaying sums of 1, G and G², to standardise the critic's targets."""
     mean, mean_square = sums[1:] / sums[0]
     return mean, (mean_square - mean**2).clamp(min=1e-4).sqrt()
 
@@ -89,7 +89,7 @@ def guidance(x, x_ref, z, touched, actions):
     """g_i(a) = ⟨x − z_i + z_i(a) − x̃, z_i(a)⟩: of every action a, had agent i taken it instead.
 
     x, x_ref: state after the joint action and reference x̃ [B, M, R]. z: z_i(a) [B, N, K, J, R], what every action adds
-    to the components `touched` [B, N, K, J] (twice only with z = 0). actions: those taken [B, N], which added z_i.
+    to the components `touched` [B, N, K, J] (a repeat has z = 0). actions: those taken [B, N], whose z_i are in x.
     Returns [B, N, K]; of the one taken g_i = ⟨x − x̃, z_i⟩, derivative of d = ½‖x − x̃‖² along z_i (Yang & Liu 2026).
     """
     assert x.shape == x_ref.shape and touched.shape == z.shape[:-1] and actions.shape == z.shape[:2]
@@ -113,9 +113,9 @@ def evaluate(env, policy):
 
 
 def train(args, make_env=cloud, model=analytic_model):
-    """Train and evaluate as `args` says. Returns the last line's figures. Raises InputError on bad options.
+    """Train and evaluate as `args` says. Returns the last evaluation's figures. Raises InputError on bad options.
 
-    make_env(args, num_envs, held_out=False): makes an environment with what is used of `CloudEnv` here.
+    make_env: like `cloud`, makes an environment with what is used of `CloudEnv` here. model: like `analytic_model`.
     """
     # SET-UP: nothing is written before all options are known to be good
     start_time = time.time()
@@ -128,9 +128,9 @@ def train(args, make_env=cloud, model=analytic_model):
         except Exception as error:
             raise InputError(f"{file} is no checkpoint: {type(error).__name__}") from None
     if args.resume is not None:
-        others = [name for name, default in vars(type(args)(resume=path)).items() if getattr(args, name) != default]
-        if others or not os.path.isdir(path) or saved.get("script") != script or [*vars(args)] != [*saved["args"]]:
-            raise InputError(f"resume: {path} must be the folder of a run of {script}; not allowed beside it: {others}")
+        given = [name for name, default in vars(type(args)(resume=path)).items() if getattr(args, name) != default]
+        if given or not os.path.isdir(path) or saved.get("script") != script or [*vars(args)] != [*saved["args"]]:
+            raise InputError(f"resume: {path} must be the folder of a run of {script}; not allowed beside it: {given}")
         args = type(args)(**saved["args"] | {"resume": path})
     for low, high, names in (
         (1, 10**9, "eval_every num_envs num_steps num_minibatches minibatch_agents update_epochs"),
@@ -146,7 +146,7 @@ def train(args, make_env=cloud, model=analytic_model):
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     env = make_env(args, args.num_envs)
-    eval_env = make_env(args, min(40, int(np.ceil(2_000 / args.n_agents))), held_out=True)  # 2,000 tasks a round
+    eval_env = make_env(args, min(40, int(np.ceil(2_000 / args.n_agents))), held_out=True)  # up to ~2,000 tasks a round
     next_obs, info = env.reset(seed=0)  # for the sizes
     E, N, K, F = next_obs.shape
     constants = {name: torch.tensor(value, device=device) for name, value in env.constants.items()}
@@ -204,7 +204,7 @@ def train(args, make_env=cloud, model=analytic_model):
                     actions = dist.sample()
                     steps.append((torch.tensor(next_obs, device=device), actions, dist.logits))  # logits are log π(a)
                     states.append(torch.tensor(info["state"], device=device))
-                    next_obs, reward, _, _, info = env.step(actions.cpu().numpy().copy())  # it may keep them
+                    next_obs, reward, _, _, info = env.step(actions.cpu().numpy().copy())  # it may change them
                     rewards.append(torch.tensor(reward, device=device))
                     played.append({name: torch.tensor(value, device=device) for name, value in info["played"].items()})
                 states.append(torch.tensor(info["state"], device=device))  # the last one is bootstrapped from
@@ -226,16 +226,16 @@ def train(args, make_env=cloud, model=analytic_model):
                 b_returns = ((returns - mean) / std).flatten(0, 1)
                 advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
 
-                # GUIDANCE: in the paper the action taken gets (1−α) Â − α g_i. Here it gets (1−α) Â, and every a gets
-                # −α π_old(a) g_i(a): so the loss −Σ_a ρ(a) Â(a), ρ = π/π_old, contains α E_{a~π} g_i(a), the exact mean
+                # GUIDANCE: in the paper the action taken gets (1−α) Â − α g_i. Here it gets (1−α) Â, and every a
+                # −α π_old(a) g_i(a): so −Σ_a ρ(a) Â(a), with ρ = π/π_old, has α E_{a~π} g_i(a), without noise from a_i
                 x_ref = model.reference_state(**b_played, **constants)
                 z, touched = model.local_influence(**b_played, **constants)
                 g = guidance(x, x_ref, z, touched, b_actions).float()  # g_i(a) [B, N, K]
                 pi_old = b_logprobs.exp()
-                g = g - (pi_old * g).sum(-1, keepdim=True)  # a baseline without bias: no g_i(a) depends on a_i
+                g = g - (pi_old * g).sum(-1, keepdim=True)  # a baseline: the same for all a, whatever a_i was
                 taken = nn.functional.one_hot(b_actions, K).float()
                 weight = pi_old if args.own_action_expectation else taken
-                g_std = (weight * g**2).sum(-1).mean().sqrt() + 1e-8  # Â has deviation 1, too
+                g_std = (weight * g**2).sum(-1).mean().sqrt() + 1e-8  # to deviation 1, as Â
                 alpha = (1 - progress) * args.alpha_start + progress * args.alpha_end
                 b_advantages = (1 - alpha) * taken * advantages.view(-1, 1, 1) - alpha * weight * g / g_std
                 log["guidance/alpha"].append(alpha)
@@ -286,7 +286,7 @@ def train(args, make_env=cloud, model=analytic_model):
 
 
 def main(args=Args, *system):
-    """`train` on a system, with options of the class `args` from the command line. Bad input: one line and status 1."""
+    """`train`, with options of the class `args` from the command line. Bad input: one line on stderr and status 1."""
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # not every terminal has these letters
     torch.set_num_threads(1)  # the matrices are small: a second thread costs more than it brings
     try:

@@ -64,7 +64,7 @@ def network(inputs, hidden, output_gain):
 
 
 def mean_std(sums):
-    """Mean and deviation of returns G, from decaying sums of 1, G and G²: the critic's targets are standardised."""
+    """Mean and deviation of returns G, from decaying sums of 1, G and G², to standardise the critic's targets."""
     mean, mean_square = sums[1:] / sums[0]
     return mean, (mean_square - mean**2).clamp(min=1e-4).sqrt()
 
@@ -89,9 +89,9 @@ def evaluate(env, policy):
 
 
 def train(args, make_env=cloud):
-    """Train and evaluate as `args` says. Returns the last line's figures. Raises InputError on bad options.
+    """Train and evaluate as `args` says. Returns the last evaluation's figures. Raises InputError on bad options.
 
-    make_env(args, num_envs, held_out=False): makes an environment with what is used of `CloudEnv` here.
+    make_env: like `cloud`, makes an environment with what is used of `CloudEnv` here.
     """
     # SET-UP: nothing is written before all options are known to be good
     start_time = time.time()
@@ -104,9 +104,9 @@ def train(args, make_env=cloud):
         except Exception as error:
             raise InputError(f"{file} is no checkpoint: {type(error).__name__}") from None
     if args.resume is not None:
-        others = [name for name, default in vars(type(args)(resume=path)).items() if getattr(args, name) != default]
-        if others or not os.path.isdir(path) or saved.get("script") != script or [*vars(args)] != [*saved["args"]]:
-            raise InputError(f"resume: {path} must be the folder of a run of {script}; not allowed beside it: {others}")
+        given = [name for name, default in vars(type(args)(resume=path)).items() if getattr(args, name) != default]
+        if given or not os.path.isdir(path) or saved.get("script") != script or [*vars(args)] != [*saved["args"]]:
+            raise InputError(f"resume: {path} must be the folder of a run of {script}; not allowed beside it: {given}")
         args = type(args)(**saved["args"] | {"resume": path})
     for low, high, names in (
         (1, 10**9, "eval_every num_envs num_steps num_minibatches minibatch_agents update_epochs"),
@@ -122,7 +122,7 @@ def train(args, make_env=cloud):
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     env = make_env(args, args.num_envs)
-    eval_env = make_env(args, min(40, int(np.ceil(2_000 / args.n_agents))), held_out=True)  # 2,000 tasks a round
+    eval_env = make_env(args, min(40, int(np.ceil(2_000 / args.n_agents))), held_out=True)  # up to ~2,000 tasks a round
     next_obs, info = env.reset(seed=0)  # for the sizes
     E, N, K, F = next_obs.shape
     actor = network(F, 32, 0.01).to(device)  # for all agents: the logit of an action, from its features
@@ -179,7 +179,7 @@ def train(args, make_env=cloud):
                     actions = dist.sample()
                     steps.append((torch.tensor(next_obs, device=device), actions, dist.log_prob(actions)))
                     states.append(torch.tensor(next_obs, device=device).flatten(2))
-                    next_obs, reward, _, _, info = env.step(actions.cpu().numpy().copy())  # it may keep them
+                    next_obs, reward, _, _, info = env.step(actions.cpu().numpy().copy())  # it may change them
                     rewards.append(torch.tensor(reward, device=device))
                 states.append(torch.tensor(next_obs, device=device).flatten(2))  # the last one is bootstrapped from
                 episodic_return += sum(rewards).mean().item()
@@ -242,7 +242,7 @@ def train(args, make_env=cloud):
 
 
 def main(args=Args, *system):
-    """`train` on a system, with options of the class `args` from the command line. Bad input: one line and status 1."""
+    """`train`, with options of the class `args` from the command line. Bad input: one line on stderr and status 1."""
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # not every terminal has these letters
     torch.set_num_threads(1)  # the matrices are small: a second thread costs more than it brings
     try:

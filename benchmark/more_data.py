@@ -15,13 +15,15 @@ SEEDS = (1, 2, 3)
 MORE = "--num-envs 8 --alpha-end 0"
 MOST = f"{MORE} --num-steps 100 --num-minibatches 20"
 LAST = f"{MOST} --alpha-start 0.2 --learning-rate 5e-3"
+ALONE = "--alpha-start 1 --alpha-end 1"  # g alone, without the return; of an option that stands twice the last counts
 RULE = {10: "", 40: MORE, 160: MORE, 640: MOST, 1600: LAST}  # options after so many episodes
 BUDGETS = dict.fromkeys((5, 20, 50), tuple(RULE)) | {200: (640,)}  # episodes at each N
+CHANGES = dict.fromkeys((5, 20, 50), ("", ALONE)) | {200: ("",)}
 
 
-def guided(n, budget):
+def guided(n, budget, change=""):
     """DG-PG's jobs at N agents with so many episodes."""
-    options = f"--episodes {budget} --eval-every {budget} {RULE[budget]}".strip()
+    options = " ".join(f"--episodes {budget} --eval-every {budget} {RULE[budget]} {change}".split())
     return [("dgpg.py", n, seed, options) for seed in SEEDS]
 
 
@@ -31,15 +33,19 @@ def mappo(n):
 
 
 def main(args):
-    found = sweep("more_data", [job for n in BUDGETS for budget in BUDGETS[n] for job in guided(n, budget)], args)
+    jobs = [guided(n, budget, change) for n in BUDGETS for change in CHANGES[n] for budget in BUDGETS[n]]
+    found = sweep("more_data", sum(jobs, []), args)
     found |= sweep("scaling", [job for n in BUDGETS for job in mappo(n)], args)
     head("cost ratio after so many episodes", *(f"{budget:,}" for budget in RULE), "greedy in turn")
     for n in BUDGETS:
         env = scenarios(n)
         greedy = evaluate(env, in_turn(env, model(env))) / evaluate(env, lambda obs: env.heuristic())
-        runs = [[found[job] for job in guided(n, budget) if job in found] for budget in RULE]
-        line(f"DG-PG, N = {n}", *(shown(ratios(there)) for there in runs), f"{greedy:.2f}")
-        line(f"DG-PG, argmax, N = {n}", *(shown(ratios(there, argmax=True)) for there in runs), f"{greedy:.2f}")
+        for change in CHANGES[n]:
+            name = "DG-PG, g alone" if change else "DG-PG"
+            runs = [[found[job] for job in guided(n, budget, change) if job in found] for budget in RULE]
+            line(f"{name}, N = {n}", *(shown(ratios(there)) for there in runs), f"{greedy:.2f}")
+            ends = [ratios(there, argmax=True) for there in runs]
+            line(f"{name}, argmax, N = {n}", *map(shown, ends), f"{greedy:.2f}")
         of_mappo = [found[job] for job in mappo(n) if job in found]
         at = [[row["cost_ratio"] for rows in of_mappo for row in rows if row["episodes"] == budget] for budget in RULE]
         line(f"MAPPO, N = {n}", *map(shown, at), f"{greedy:.2f}")
