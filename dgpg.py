@@ -71,7 +71,7 @@ def network(inputs, hidden, output_gain):
 
 
 def mean_std(sums):
-    """Mean and deviation of returns G, from decaying sums of 1, G and G², to standardise the critic's targets."""
+    """Mean and deviation of returns G, the critic's targets, from decaying sums of 1, G and G²."""
     mean, mean_square = sums[1:] / sums[0]
     return mean, (mean_square - mean**2).clamp(min=1e-4).sqrt()
 
@@ -89,7 +89,7 @@ def guidance(x, x_ref, z, touched, actions):
     """g_i(a) = ⟨x − z_i + z_i(a) − x̃, z_i(a)⟩: of every action a, had agent i taken it instead.
 
     x, x_ref: state after the joint action and reference x̃ [B, M, R]. z: z_i(a) [B, N, K, J, R], what every action adds
-    to the components `touched` [B, N, K, J] (a repeat has z = 0). actions: those taken [B, N], whose z_i are in x.
+    to the components `touched` [B, N, K, J] (a repeat has z = 0). actions: a_i taken [B, N]; x has z_i = z_i(a_i).
     Returns [B, N, K]; of the one taken g_i = ⟨x − x̃, z_i⟩, derivative of d = ½‖x − x̃‖² along z_i (Yang & Liu 2026).
     """
     assert x.shape == x_ref.shape and touched.shape == z.shape[:-1] and actions.shape == z.shape[:2]
@@ -146,7 +146,7 @@ def train(args, make_env=cloud, model=analytic_model):
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     env = make_env(args, args.num_envs)
-    eval_env = make_env(args, min(40, int(np.ceil(2_000 / args.n_agents))), held_out=True)  # up to ~2,000 tasks a round
+    eval_env = make_env(args, min(40, int(np.ceil(2_000 / args.n_agents))), held_out=True)  # 40, fewer for large N
     next_obs, info = env.reset(seed=0)  # for the sizes
     E, N, K, F = next_obs.shape
     constants = {name: torch.tensor(value, device=device) for name, value in env.constants.items()}
@@ -226,8 +226,8 @@ def train(args, make_env=cloud, model=analytic_model):
                 b_returns = ((returns - mean) / std).flatten(0, 1)
                 advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
 
-                # GUIDANCE: in the paper the action taken gets (1−α) Â − α g_i. Here it gets (1−α) Â, and every a
-                # −α π_old(a) g_i(a): so −Σ_a ρ(a) Â(a), with ρ = π/π_old, has α E_{a~π} g_i(a), without noise from a_i
+                # GUIDANCE: in the paper a_i, the action taken, gets (1−α) Â − α g_i. Here a_i gets (1−α) Â, and every a
+                # −α π_old(a) g_i(a): Σ_a ρ(a) Â(a), ρ = π/π_old, so has −α E_{a~π} g_i(a): same mean, no noise of a_i
                 x_ref = model.reference_state(**b_played, **constants)
                 z, touched = model.local_influence(**b_played, **constants)
                 g = guidance(x, x_ref, z, touched, b_actions).float()  # g_i(a) [B, N, K]
@@ -242,7 +242,7 @@ def train(args, make_env=cloud, model=analytic_model):
                 log["guidance/deviation"].append((x - x_ref).square().sum((-2, -1)).mean().item() / 2)  # ½‖x − x̃‖²
                 log["guidance/g_std"].append(g_std.item())
 
-                # UPDATE: minibatches of some states, and of some agents drawn anew
+                # UPDATE: minibatches share out the states, and draw their agents anew
                 optimizer.param_groups[0]["lr"] = (1 - args.anneal_lr * progress) ** 2 * args.learning_rate
                 log["charts/learning_rate"].append(optimizer.param_groups[0]["lr"])
                 for _ in range(args.update_epochs):

@@ -64,7 +64,7 @@ def network(inputs, hidden, output_gain):
 
 
 def mean_std(sums):
-    """Mean and deviation of returns G, from decaying sums of 1, G and G², to standardise the critic's targets."""
+    """Mean and deviation of returns G, the critic's targets, from decaying sums of 1, G and G²."""
     mean, mean_square = sums[1:] / sums[0]
     return mean, (mean_square - mean**2).clamp(min=1e-4).sqrt()
 
@@ -122,7 +122,7 @@ def train(args, make_env=cloud):
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     env = make_env(args, args.num_envs)
-    eval_env = make_env(args, min(40, int(np.ceil(2_000 / args.n_agents))), held_out=True)  # up to ~2,000 tasks a round
+    eval_env = make_env(args, min(40, int(np.ceil(2_000 / args.n_agents))), held_out=True)  # 40, fewer for large N
     next_obs, info = env.reset(seed=0)  # for the sizes
     E, N, K, F = next_obs.shape
     actor = network(F, 32, 0.01).to(device)  # for all agents: the logit of an action, from its features
@@ -199,7 +199,7 @@ def train(args, make_env=cloud):
                 advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
                 b_advantages = advantages.view(len(b_obs), -1).expand(-1, N)  # the same for all agents
 
-                # UPDATE: minibatches of some states, and of some agents drawn anew
+                # UPDATE: minibatches share out the states, and draw their agents anew
                 optimizer.param_groups[0]["lr"] = (1 - args.anneal_lr * progress) ** 2 * args.learning_rate
                 log["charts/learning_rate"].append(optimizer.param_groups[0]["lr"])
                 for _ in range(args.update_epochs):
