@@ -106,7 +106,7 @@ def train(args, make_env=cloud):
     if args.resume is not None:
         given = [name for name, default in vars(type(args)(resume=path)).items() if getattr(args, name) != default]
         if given or not os.path.isdir(path) or saved.get("script") != script or [*vars(args)] != [*saved["args"]]:
-            raise InputError(f"resume: {path} must be the folder of a run of {script}; not allowed beside it: {given}")
+            raise InputError(f"resume: {path} must be the folder of a run of {script}, without {given or 'options'}")
         args = type(args)(**saved["args"] | {"resume": path})
     for low, high, names in (
         (1, 10**9, "eval_every num_envs num_steps num_minibatches minibatch_agents update_epochs"),

@@ -157,7 +157,7 @@ def test_what_cannot_be_resumed_is_named_and_nothing_is_touched_nor_executed():
     before = contents()
     for refused, message in (
         (lambda: train(Args(resume=str(path))), "must be the folder of a run of dgpg.py"),
-        (lambda: train(Args(resume=str(run), seed=2)), r"not allowed beside it: \['seed'\]"),
+        (lambda: train(Args(resume=str(run), seed=2)), r"without \['seed'\]"),
         (lambda: train(more_options(resume=str(run))), "must be the folder of a run of dgpg.py"),
         (lambda: ippo.train(ippo.Args(resume=str(of_mappo))), "must be the folder of a run of ippo.py"),
         (lambda: train(Args(resume=str(run)), Wrong), "a run on CloudEnv, not on Wrong"),
