@@ -53,7 +53,7 @@ class Args:
     max_grad_norm: float = 0.5  # largest gradient norm, of the actor and of the critic
     alpha_start: float = 1.0  # weight alpha of the guidance at the beginning
     alpha_end: float = 0.5  # weight alpha of the guidance at the end, linear in between
-    own_action_expectation: bool = True  # guide all actions of an agent, by their probabilities, else the one taken
+    own_action_expectation: bool = True  # guide all own actions, by their probabilities, else (paper) the one taken
 
 
 def cloud(args, num_envs, held_out=False):
@@ -90,7 +90,7 @@ def guidance(x, x_ref, z, touched, actions):
 
     x, x_ref: state after the joint action and reference x̃ [B, M, R]. z: z_i(a) [B, N, K, J, R], what every action adds
     to the components `touched` [B, N, K, J] (a repeat has z = 0). actions: a_i taken [B, N]; x has z_i = z_i(a_i).
-    Returns [B, N, K]; of the one taken g_i = ⟨x − x̃, z_i⟩, derivative of d = ½‖x − x̃‖² along z_i (Yang & Liu 2026).
+    Returns [B, N, K]; at a = a_i it is ⟨x − x̃, z_i⟩, derivative of d = ½‖x − x̃‖² along z_i (Yang & Liu 2026).
     """
     assert x.shape == x_ref.shape and touched.shape == z.shape[:-1] and actions.shape == z.shape[:2]
     batch = torch.arange(len(x), device=x.device)[:, None, None, None]
@@ -226,13 +226,13 @@ def train(args, make_env=cloud, model=analytic_model):
                 b_returns = ((returns - mean) / std).flatten(0, 1)
                 advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
 
-                # GUIDANCE: in the paper a_i, the action taken, gets (1−α) Â − α g_i. Here a_i gets (1−α) Â, and every a
-                # −α π_old(a) g_i(a): Σ_a ρ(a) Â(a), ρ = π/π_old, so has −α E_{a~π} g_i(a): same mean, no noise of a_i
+                # GUIDANCE: in the paper the advantage of the action taken, a_i, is (1−α) Â − α g_i. Here it is (1−α) Â,
+                # and every a has −α π_old(a) g_i(a). Times ρ = π/π_old that sums to −α E_{a~π} g_i(a): no noise of a_i
                 x_ref = model.reference_state(**b_played, **constants)
                 z, touched = model.local_influence(**b_played, **constants)
                 g = guidance(x, x_ref, z, touched, b_actions).float()  # g_i(a) [B, N, K]
                 pi_old = b_logprobs.exp()
-                g = g - (pi_old * g).sum(-1, keepdim=True)  # a baseline: the same for all a, whatever a_i was
+                g = g - (pi_old * g).sum(-1, keepdim=True)  # a baseline: depends neither on a nor on a_i
                 taken = nn.functional.one_hot(b_actions, K).float()
                 weight = pi_old if args.own_action_expectation else taken
                 g_std = (weight * g**2).sum(-1).mean().sqrt() + 1e-8  # to deviation 1, as Â
