@@ -89,7 +89,7 @@ def guidance(x, x_ref, z, touched, actions):
     """g_i(a) = ⟨x − z_i + z_i(a) − x̃, z_i(a)⟩: of every action a, had agent i taken it instead.
 
     x, x_ref: state after the joint action and reference x̃ [B, M, R]. z: z_i(a) [B, N, K, J, R], what every action adds
-    to the components `touched` [B, N, K, J] (a repeat has z = 0). actions: a_i taken [B, N]; x has z_i = z_i(a_i).
+    to the components `touched` [B, N, K, J] (a repeated one: z = 0). actions: a_i taken [B, N]; in x is z_i = z_i(a_i).
     Returns [B, N, K]; at a = a_i it is ⟨x − x̃, z_i⟩, derivative of d = ½‖x − x̃‖² along z_i (Yang & Liu 2026).
     """
     assert x.shape == x_ref.shape and touched.shape == z.shape[:-1] and actions.shape == z.shape[:2]
@@ -146,7 +146,7 @@ def train(args, make_env=cloud, model=analytic_model):
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     env = make_env(args, args.num_envs)
-    eval_env = make_env(args, min(40, int(np.ceil(2_000 / args.n_agents))), held_out=True)  # 40, fewer for large N
+    eval_env = make_env(args, min(40, int(np.ceil(2_000 / args.n_agents))), held_out=True)  # fewer do for large N
     next_obs, info = env.reset(seed=0)  # for the sizes
     E, N, K, F = next_obs.shape
     constants = {name: torch.tensor(value, device=device) for name, value in env.constants.items()}

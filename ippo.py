@@ -122,7 +122,7 @@ def train(args, make_env=cloud):
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     env = make_env(args, args.num_envs)
-    eval_env = make_env(args, min(40, int(np.ceil(2_000 / args.n_agents))), held_out=True)  # 40, fewer for large N
+    eval_env = make_env(args, min(40, int(np.ceil(2_000 / args.n_agents))), held_out=True)  # fewer do for large N
     next_obs, info = env.reset(seed=0)  # for the sizes
     E, N, K, F = next_obs.shape
     actor = network(F, 32, 0.01).to(device)  # for all agents: the logit of an action, from its features

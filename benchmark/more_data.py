@@ -1,6 +1,7 @@
 """With more data DG-PG goes on to get better: at every budget, beside MAPPO and the greedy use of the model in turn.
 
-One rule for all N says how the data of a budget is used. Writes measured/more_data.csv, and prints the table.
+One rule for all N says how the data of a budget is used; "g alone" is the same without the return. Writes
+measured/more_data.csv, and prints the table.
 """
 
 import tyro
@@ -22,7 +23,7 @@ CHANGES = dict.fromkeys((5, 20, 50), ("", ALONE)) | {200: ("",)}
 
 
 def guided(n, budget, change=""):
-    """DG-PG's jobs at N agents with so many episodes."""
+    """DG-PG's jobs at N agents with so many episodes, and a change of the rule's options."""
     options = " ".join(f"--episodes {budget} --eval-every {budget} {RULE[budget]} {change}".split())
     return [("dgpg.py", n, seed, options) for seed in SEEDS]
 
