@@ -33,7 +33,7 @@ class Args:
     init_actor: str | None = None  # a run's folder or checkpoint to take the actor from, of any number of agents
     resume: str | None = None  # the folder of an interrupted run to go on with, under its own options
     n_agents: int = 50  # number of agents N, each with one task per round; also the number of servers
-    rounds: int = 100  # rounds T of one episode
+    rounds: int = 100  # rounds of one episode
     load: float = 0.8  # offered load as a fraction of the fleet's capacity (of a trace: each episode's mean)
     servers_per_agent: int = 8  # servers K that an agent reaches (N if that is fewer)
     trace: str | None = None  # a CSV file of real workload: trains on its first 80 %, evaluates on its last 20 %
@@ -226,8 +226,8 @@ def train(args, make_env=cloud, model=analytic_model):
                 b_returns = ((returns - mean) / std).flatten(0, 1)
                 advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
 
-                # GUIDANCE: in the paper the advantage of the action taken, a_i, is (1−α) Â − α g_i. Here it is (1−α) Â,
-                # and every a has −α π_old(a) g_i(a). Times ρ = π/π_old that sums to −α E_{a~π} g_i(a): no noise of a_i
+                # GUIDANCE: in the paper the advantage of the action taken, a_i, is (1−α) Â − α g_i. By default −α g_i
+                # is −α π_old(a) g_i(a) on every a: times ρ = π/π_old that sums to −α E_{a~π} g_i(a), no noise of a_i
                 x_ref = model.reference_state(**b_played, **constants)
                 z, touched = model.local_influence(**b_played, **constants)
                 g = guidance(x, x_ref, z, touched, b_actions).float()  # g_i(a) [B, N, K]

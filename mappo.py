@@ -29,7 +29,7 @@ class Args:
     init_actor: str | None = None  # a run's folder or checkpoint to take the actor from, of any number of agents
     resume: str | None = None  # the folder of an interrupted run to go on with, under its own options
     n_agents: int = 50  # number of agents N, each with one task per round; also the number of servers
-    rounds: int = 100  # rounds T of one episode
+    rounds: int = 100  # rounds of one episode
     load: float = 0.8  # offered load as a fraction of the fleet's capacity (of a trace: each episode's mean)
     servers_per_agent: int = 8  # servers K that an agent reaches (N if that is fewer)
     trace: str | None = None  # a CSV file of real workload: trains on its first 80 %, evaluates on its last 20 %
